@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets everything up and runs the small study: six discretizations, three seeds, handwritten digits, on the CPU.
+#   scripts/demo.sh                     table in the terminal, report in output/demo/report.html
+#   DEMO_PRESET=smoke scripts/demo.sh   the same path in about a minute, for CI; the accuracies mean nothing
+# Further arguments go to scripts/study.py (see scripts/study.py --help). Interrupted, the next call goes on.
+# PYTHON and VENV: see scripts/setup_env.sh.
+set -euo pipefail
+
+# shellcheck source=scripts/setup_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+preset="${DEMO_PRESET:-demo}"
+exec "$VENV/bin/python" scripts/study.py --preset "$preset" --output "output/$preset" "$@"
