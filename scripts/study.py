@@ -1,0 +1,473 @@
+"""Compare discretization methods: train the same small VisionMamba with each, over several seeds.
+
+    python scripts/study.py --preset demo                         # the paper's six methods, three seeds, output/demo
+    python scripts/study.py --preset demo --methods all --seeds 0 1 2 3 4
+    python scripts/study.py --output output/lr -- --lr 3e-3       # what follows -- goes to vim/main.py
+
+Every run is one call of `vim.main.main` in a process of its own with one thread, as many at a time as there are cores.
+Time and memory are measured afterwards, one process at a time. The output folder receives
+
+    runs/METHOD-seedN/    log.txt, checkpoints, output.txt (what the trainer printed), result.json once it is finished
+    timing/METHOD/        the same for the measurement of time and memory
+    results.json table.md report.html *.png
+
+A study can be killed at any moment: the same command goes on with what is missing, unfinished runs from their last
+checkpoint. More methods or seeds may be asked for later; other settings are refused, for the runs would not compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import fcntl
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mamba_ssm.ops.discretization_ref import METHODS, PAPER_METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class StudyError(Exception):
+    """Something the caller can mend; the message says how."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What a study trains. `trainer` are arguments of vim/main.py, the same for every run."""
+
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    epochs: int
+    trainer: tuple[str, ...]
+
+
+def _digits(batch_size: int, lr: float, warmup_epochs: int, *model: str) -> tuple[str, ...]:
+    """DIGITS on the CPU with an 8x8 model of one channel."""
+    recipe = f"--unscale-lr --lr {lr:g} --batch-size {batch_size} --warmup-epochs {warmup_epochs}"
+    return (*f"--device cpu --data-set DIGITS {recipe} --model-kwargs channels=1".split(), *model)
+
+
+PRESETS = {
+    "smoke": Preset(
+        ("zoh", "bilinear"), (0, 1), 2, _digits(64, 3e-3, 1, "depth=2", "embed_dim=32", "patch_size=4", "stride=4")
+    ),
+    "demo": Preset(
+        tuple(PAPER_METHODS), (0, 1, 2), 30, _digits(64, 3e-3, 3, "depth=4", "embed_dim=64", "patch_size=2", "stride=2")
+    ),
+    "full": Preset(
+        tuple(METHODS), (0, 1, 2, 3, 4), 60, _digits(64, 2e-3, 5, "depth=8", "embed_dim=96", "patch_size=2", "stride=1")
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One process: the trainer's arguments and the folder that receives its files and, at the end, result.json."""
+
+    method: str
+    seed: int
+    epochs: int
+    folder: Path
+    argv: tuple[str, ...]
+    measure: bool = False  # time and memory instead of accuracy: starts afresh, alone on the machine
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, timing" if self.measure else f"{self.method}, seed {self.seed}"
+
+    def result(self) -> dict[str, Any] | None:
+        """The finished run's result, None where it has to run (again)."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside, sync, rename: `path` holds the whole text or what it held before."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+# ---- One run, in its own process ---------------------------------------------------------------------------------
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, in MiB.
+
+    Not ru_maxrss where it can be avoided: on Linux that starts from the parent's memory at the time of the fork.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def exit_with_parent() -> None:
+    """Blocks until the parent is gone (its end of our standard input closes), then ends this process at once.
+
+    Otherwise a killed study would leave trainers behind, and its successor would share their folders with them.
+    """
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def work(job_file: Path) -> None:
+    """Run the job described in `job_file` and leave result.json in its folder."""
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    job = json.loads(job_file.read_text())
+    folder = Path(job["folder"])
+
+    import torch
+
+    torch.set_num_threads(1)
+    from vim.main import main, parse_args
+
+    before_mb = peak_memory_mb()
+    final = main(job["argv"])
+    on_gpu = parse_args(job["argv"]).device.startswith("cuda")
+    result = {
+        "method": job["method"],
+        "seed": job["seed"],
+        "final": final,
+        "history": [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()],
+        "peak_memory_mb": final["peak_memory_mb"] if on_gpu else peak_memory_mb(),
+        "memory_before_mb": 0.0 if on_gpu else before_mb,
+        "environment": environment(),
+    }
+    if job["measure"]:
+        result |= measure_inference(job["argv"])
+    write_atomically(folder / "result.json", json.dumps(result, indent=1))
+
+
+def measure_inference(argv: Sequence[str], repetitions: int = 5) -> dict[str, float]:
+    """Images per second of the trainer's evaluation (median), and how many images are held out."""
+    import torch
+    from rich.console import Console
+
+    from vim.data import build_loader
+    from vim.engine import evaluate
+    from vim.main import create_model, parse_args
+
+    args = parse_args(argv)
+    loader = build_loader(args, train=False, channels=args.model_kwargs.get("channels", 3))
+    count = sum(len(labels) for _, labels in loader)
+    device = torch.device(args.device)
+    model = create_model(args, len(loader.classes)).to(device)
+    seconds = []
+    for _ in range(1 + repetitions):
+        start = time.perf_counter()
+        evaluate(model, loader, device=device, console=Console(quiet=True))  # ends with .item(), hence synchronized
+        seconds.append(time.perf_counter() - start)
+    return {"inference_images_per_s": count / statistics.median(seconds[1:]), "held_out_images": count}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git revision and machine, for the record."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(ROOT), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None  # not a checkout, or no git: the report says so
+
+    def package_version(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    revision = git("rev-parse", "HEAD")
+    if revision and git("status", "--porcelain", "--untracked-files=no"):
+        revision += " with local changes"
+    packages = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "matplotlib")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: package_version(name) for name in packages},
+        "revision": revision,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": cpu,
+        "cores": available_cores(),
+    }
+
+
+# ---- The study -----------------------------------------------------------------------------------------------------
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def training_jobs(output: Path, preset: Preset) -> list[Job]:
+    """Seed by seed, so that a study stopped half-way still compares like with like."""
+    jobs = []
+    for seed in preset.seeds:
+        for method in preset.methods:
+            folder = output / "runs" / f"{method}-seed{seed}"
+            argv = [*preset.trainer, "--epochs", str(preset.epochs), "--resume", "auto"]
+            jobs.append(Job(method, seed, preset.epochs, folder, _with_run(argv, method, seed, folder)))
+    return jobs
+
+
+def timing_jobs(output: Path, preset: Preset, epochs: int = 4) -> list[Job]:
+    jobs = []
+    for method in preset.methods:
+        folder = output / "timing" / method
+        argv = [*preset.trainer, "--epochs", str(epochs)]
+        jobs.append(Job(method, 0, epochs, folder, _with_run(argv, method, 0, folder), measure=True))
+    return jobs
+
+
+def _with_run(argv: Sequence[str], method: str, seed: int, folder: Path) -> tuple[str, ...]:
+    return (*argv, "--discretization-method", method, "--seed", str(seed), "--output_dir", str(folder))
+
+
+def start(job: Job) -> subprocess.Popen[bytes]:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if job.measure:
+        for leftover in (*job.folder.glob("*.pth"), *job.folder.glob("log.txt")):
+            leftover.unlink()
+    job_file = job.folder / "job.json"
+    fields = {
+        "method": job.method,
+        "seed": job.seed,
+        "measure": job.measure,
+        "folder": str(job.folder),
+        "argv": job.argv,
+    }
+    write_atomically(job_file, json.dumps(fields, indent=1))
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with (job.folder / "output.txt").open("ab") as log:
+        command = [sys.executable, str(Path(__file__).resolve()), "--work", str(job_file)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | threads)
+
+
+def run(jobs: Sequence[Job], workers: int, report: Callable[[Job], None], progress: Callable[[], None]) -> list[Job]:
+    """Run `jobs`, `workers` at a time; `report` each that ends, call `progress` in between; return the failed ones."""
+    queue, running, failed = deque(jobs), {}, []
+    try:
+        while queue or running:
+            while queue and len(running) < workers:
+                job = queue.popleft()
+                running[start(job)] = job
+            time.sleep(0.1)
+            for process, job in list(running.items()):
+                if process.poll() is not None:
+                    del running[process]
+                    if job.result() is None:
+                        failed.append(job)
+                    report(job)
+            progress()
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return failed
+
+
+@contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Hold the folder; the lock ends with this process, however that ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StudyError(f"another study is writing to '{output}'; wait for it or give another --output") from None
+        yield
+
+
+def check_settings(output: Path, preset: Preset) -> None:
+    """Refuse to mix runs of different settings in one folder."""
+    path = output / "settings.json"
+    asked = {"epochs": preset.epochs, "trainer": list(preset.trainer)}
+    if not path.exists():
+        write_atomically(path, json.dumps(asked, indent=1))
+        return
+    there = json.loads(path.read_text())
+    if there != asked:
+        raise StudyError(
+            f"'{output}' holds a study with other settings.\n"
+            f"  there: --epochs {there['epochs']} -- {shlex.join(there['trainer'])}\n"
+            f"  asked: --epochs {asked['epochs']} -- {shlex.join(asked['trainer'])}\n"
+            "Give the same settings, another --output, or remove that folder."
+        )
+
+
+def collect(output: Path, preset: Preset, command: str) -> dict[str, Any]:
+    """Everything the report needs, from the finished runs of the methods and seeds asked for; also results.json."""
+    trained = [result for job in training_jobs(output, preset) if (result := job.result())]
+    timed = {job.method: result for job in timing_jobs(output, preset) if (result := job.result())}
+    methods = []
+    for method in preset.methods:
+        runs = [run for run in trained if run["method"] == method]
+        accuracies = {str(run["seed"]): run["final"]["test_acc1"] for run in runs}
+        row: dict[str, Any] = {"method": method, "accuracies": accuracies, **mean_and_std(list(accuracies.values()))}
+        if runs:
+            row["parameters"] = runs[0]["final"]["n_parameters"]
+        if timing := timed.get(method):
+            # The first epoch pays for warming up; the median of the others is what an epoch takes.
+            later = timing["history"][1:] or timing["history"]
+            row["epoch_time_s"] = statistics.median(epoch["epoch_time_s"] for epoch in later)
+            row["images_per_s"] = statistics.median(epoch["images_per_s"] for epoch in later)
+            for key in ("inference_images_per_s", "peak_memory_mb", "memory_before_mb"):
+                row[key] = timing[key]
+        methods.append(row)
+    return {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "settings": {"epochs": preset.epochs, "trainer": shlex.join(preset.trainer), "seeds": list(preset.seeds)},
+        "held_out_images": max((timing["held_out_images"] for timing in timed.values()), default=None),
+        "environment": environment(),
+        "methods": methods,
+        "runs": trained,
+    }
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and sample standard deviation (n - 1); None where there are too few values."""
+    return {
+        "accuracy_mean": statistics.fmean(values) if values else None,
+        "accuracy_std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+# ---- Command line --------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
+    own, trainer = list(argv), []
+    if "--" in own:
+        split = own.index("--")
+        own, trainer = own[:split], own[split + 1 :]
+    parser = argparse.ArgumentParser(
+        description="Train a small VisionMamba with each discretization method, over several seeds, and compare.",
+        epilog="Arguments after -- are added to those of vim/main.py.",
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="model, epochs, methods and seeds")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"'paper', 'all' or any of {', '.join(METHODS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="one run per method and seed")
+    parser.add_argument("--epochs", type=int, help="epochs of each run")
+    parser.add_argument("--output", type=Path, help="folder for runs and report (default output/PRESET)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="runs at a time, one thread each")
+    args = parser.parse_args(own)
+
+    preset = PRESETS[args.preset]
+    methods = {"paper": PAPER_METHODS, "all": METHODS}.get((args.methods or [""])[0], args.methods or preset.methods)
+    if unknown := [name for name in methods if name not in METHODS]:
+        parser.error(f"--methods: unknown {', '.join(unknown)}; known are paper, all, {', '.join(METHODS)}")
+    for name in ("epochs", "workers"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, not {value}")
+    args.output = (args.output or Path("output") / args.preset).resolve()
+    preset = dataclasses.replace(
+        preset,
+        methods=tuple(dict.fromkeys(methods)),
+        seeds=tuple(dict.fromkeys(args.seeds or preset.seeds)),
+        epochs=args.epochs or preset.epochs,
+        trainer=(*preset.trainer, *trainer),
+    )
+    return args, preset
+
+
+def study(args: argparse.Namespace, preset: Preset, command: str) -> int:
+    """Run what is missing, then write and print the report. Returns the exit status."""
+    import study_report
+
+    console = Console(highlight=False)
+    check_settings(args.output, preset)
+    failed = show(console, "training", training_jobs(args.output, preset), args.workers)
+    failed += show(console, "timing", timing_jobs(args.output, preset), workers=1)
+
+    results = collect(args.output, preset, command)
+    results["failed"] = [job.name for job in failed]
+    write_atomically(args.output / "results.json", json.dumps(results, indent=1))
+    study_report.write(results, args.output)
+    study_report.print_table(results, console)
+    if failed:
+        console.print(f"{len(failed)} runs failed: {', '.join(results['failed'])}", style="red", soft_wrap=True)
+    console.print(f"Report: {args.output / 'report.html'}", soft_wrap=True)
+    return 1 if failed else 0
+
+
+def show(console: Console, stage: str, jobs: Sequence[Job], workers: int) -> list[Job]:
+    """`run` those of `jobs` that are not finished, with a progress bar and a line for each that ends."""
+    missing = [job for job in jobs if job.result() is None]
+    if len(missing) < len(jobs):
+        console.print(f"{stage}: {len(jobs) - len(missing)} of {len(jobs)} runs are finished already")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(stage, total=sum(job.epochs for job in missing))
+
+        def report(job: Job) -> None:
+            result = job.result()
+            if result is None:
+                log = job.folder / "output.txt"
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                bar.console.print(f"{job.name}: FAILED; {log} ends with", style="red", soft_wrap=True)
+                bar.console.print(tail, markup=False, soft_wrap=True)
+            elif job.measure:
+                bar.console.print(f"{job.name}: {result['final']['epoch_time_s']:.2f} s per epoch")
+            else:
+                bar.console.print(f"{job.name}: {result['final']['test_acc1']:.2f} %")
+
+        def progress() -> None:
+            bar.update(task, completed=sum(epochs_done(job) for job in missing))
+
+        return run(missing, workers, report, progress)
+
+
+def epochs_done(job: Job) -> int:
+    log = job.folder / "log.txt"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--work"]:
+        work(Path(argv[1]))
+        return 0
+    args, preset = parse(argv)
+    try:
+        with exclusive(args.output):
+            return study(args, preset, shlex.join(["python", "scripts/study.py", *argv]))
+    except StudyError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("study: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
