@@ -29,7 +29,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 _SERIES_RADIUS = 2.0
 _SERIES_TERMS = {torch.float32: 15, torch.float64: 24}  # the first term left out is below the dtype's precision
 
