@@ -1,19 +1,19 @@
 // Portable SIMD lanes for the CPU kernels: GCC/Clang vector extensions, so one kernel source compiles for AVX-512,
-// AVX2, SSE2 and Arm. Each *_cpu_<isa>.cpp opens with a target pragma, defines MAMBA_SSM_ISA and includes its kernel;
+// AVX2, SSE2 and Arm. Each *_cpu_<isa>.cpp includes isa_<isa>.h, its kernel and isa_end.h;
 // everything here lives in that namespace and is always inlined, so that no function compiled for one instruction
 // set can be linked into another.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "dtype.h"
 
 #ifndef MAMBA_SSM_ISA
-#error "define MAMBA_SSM_ISA (avx512, avx2 or generic) before including simd.h"
+#error "include isa_avx512.h, isa_avx2.h or isa_generic.h first"
 #endif
 
 #define MAMBA_SSM_INLINE inline __attribute__((always_inline))
@@ -21,13 +21,7 @@
 namespace mamba_ssm {
 namespace MAMBA_SSM_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
+constexpr int kLanes = MAMBA_SSM_LANES;
 
 typedef float vfloat __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t vint __attribute__((vector_size(4 * kLanes)));
@@ -70,10 +64,10 @@ MAMBA_SSM_INLINE vhalf to_bf16(vfloat x) {
   return __builtin_convertvector(x == x ? rounded : quiet, vhalf);
 }
 
-#if defined(__AVX512F__)
+#if MAMBA_SSM_LANES == 16
 MAMBA_SSM_INLINE vfloat from_f16(vhalf bits) { return bit_cast<vfloat>(_mm512_cvtph_ps(bit_cast<__m256i>(bits))); }
 MAMBA_SSM_INLINE vhalf to_f16(vfloat x) { return bit_cast<vhalf>(_mm512_cvtps_ph(bit_cast<__m512>(x), 0)); }
-#elif defined(__F16C__)
+#elif MAMBA_SSM_LANES == 8
 MAMBA_SSM_INLINE vfloat from_f16(vhalf bits) { return bit_cast<vfloat>(_mm256_cvtph_ps(bit_cast<__m128i>(bits))); }
 MAMBA_SSM_INLINE vhalf to_f16(vfloat x) { return bit_cast<vhalf>(_mm256_cvtps_ph(bit_cast<__m256>(x), 0)); }
 #else

@@ -1,0 +1,53 @@
+// Plain descriptions of the selective scan's tensors, shared by the kernels of every device. Strides in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace mamba_ssm {
+
+// u, delta, z, out and their gradients: (batch, channel, time).
+struct Activation {
+  void* data = nullptr;
+  Dtype dtype = Dtype::f32;
+  std::int64_t batch = 0, channel = 0, time = 0;
+};
+
+// B, C: (batch, group, state, time); constant over time and batch: (channel, state), with channel stride `group`.
+struct InputMatrix {
+  void* data = nullptr;
+  Dtype dtype = Dtype::f32;
+  bool constant = false;
+  std::int64_t batch = 0, group = 0, state = 0, time = 0;
+};
+
+struct ScanParams {
+  std::int64_t batch, channels, length, states, groups;
+  Activation u, delta, z, addend, out;
+  InputMatrix B, C;
+  const float* A;  // (channels, states), contiguous
+  const float* D;           // (channels) or null
+  const float* delta_bias;  // (channels) or null
+  const float* initial_state;  // (batch, channels, states) or null
+  float* last_state;           // (batch, channels, states)
+  float* checkpoints;          // (batch, chunks, states, channels): the state before each chunk; null: not kept
+  std::int64_t chunk;          // steps from one checkpoint to the next
+  float scale;
+  bool delta_softplus, reverse;
+};
+
+// Gradients. dB and dC are partial sums over the channels of one task (see scan_cpu_kernel.h).
+struct ScanGradients {
+  Activation dout, du, ddelta, dz, daddend;
+  const float* dlast_state;  // (batch, channels, states) or null
+  float* dinitial_state;     // (batch, channels, states)
+  float* dA;                 // (batch, channels, states), summed over the batch afterwards
+  float* dD;                 // (batch, channels) or null
+  float* ddelta_bias;        // (batch, channels) or null
+  float* dB;                 // varying: (batch, groups, splits, states, length); constant: (batch, channels, states)
+  float* dC;
+  std::int64_t splits;  // the channels of a group are shared by this many tasks
+};
+
+}  // namespace mamba_ssm

@@ -1,0 +1,290 @@
+// The CPU implementation of the operators mamba_ssm::selective_scan_fwd and _bwd: checks, allocation, tasks on threads.
+// The schemas and what the arguments mean are in mamba_ssm/ops/selective_scan_interface.py.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "cpu_isa.h"
+#include "discretization.h"
+#include "params.h"
+#include "scan_cpu_table.h"
+#include "stable_abi.h"
+
+namespace mamba_ssm {
+namespace {
+
+using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+
+// Steps between checkpoints. At least N, so that the checkpoints never outgrow the activations (B·D·L·N/chunk <= B·D·L).
+std::int64_t checkpoint_interval(std::int64_t states) { return std::clamp<std::int64_t>((states + 15) / 16 * 16, 32, 256); }
+constexpr std::int64_t kForwardChunk = 64;
+// The backward pass is cut into about this many tasks, whatever the machine, so that its sums do not depend on it.
+constexpr std::int64_t kBackwardTasks = 64;
+
+Tensor contiguous_float(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
+  return torch::stable::contiguous(tensor);
+}
+
+const float* float_data(const OptionalTensor& tensor) {
+  return tensor.has_value() ? static_cast<const float*>(tensor->data_ptr()) : nullptr;
+}
+
+Activation activation(const Tensor& t, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == like.size(0) && t.size(1) == like.size(1) && t.size(2) == like.size(2), name,
+                  " must have the shape of u (batch, channels, length)");
+  return {t.data_ptr(), kernel_dtype(t, name), t.stride(0), t.stride(1), t.stride(2)};
+}
+Activation activation(const OptionalTensor& t, const char* name, const Tensor& like) {
+  return t.has_value() ? activation(*t, name, like) : Activation{};
+}
+
+InputMatrix input_matrix(const Tensor& t, const char* name) {
+  const Dtype dtype = kernel_dtype(t, name);
+  if (t.dim() == 2) return {t.data_ptr(), dtype, true, 0, t.stride(0), t.stride(1), 0};
+  if (t.dim() == 3) return {t.data_ptr(), dtype, false, t.stride(0), 0, t.stride(1), t.stride(2)};
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 2, 3 or 4 dimensions");
+  return {t.data_ptr(), dtype, false, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+// (batch, channels, length), laid out in memory as `like` is: channel-last or not.
+Tensor new_activation(const Tensor& like, ScalarType dtype) {
+  const std::int64_t b = like.size(0), d = like.size(1), l = like.size(2);
+  if (like.stride(1) == 1 && d > 1) return torch::stable::transpose(torch::stable::new_empty(like, {b, l, d}, dtype), 1, 2);
+  return torch::stable::new_empty(like, {b, d, l}, dtype);
+}
+Tensor new_floats(const Tensor& like, std::vector<std::int64_t> size) {
+  return torch::stable::new_empty(like, size, ScalarType::Float);
+}
+
+const ScanMethodKernels& find_method(const ScanKernels& kernels, const std::string& name) {
+  std::string known;
+  for (int i = 0; i < kernels.count; ++i) {
+    if (name == kernels.methods[i].name) return kernels.methods[i];
+    known += (i ? ", " : "") + std::string(kernels.methods[i].name);
+  }
+  STD_TORCH_CHECK(false, "discretization_method: got '", name, "'; expected one of ", known);
+}
+
+// The working memory of one thread, aligned to cache lines.
+class ScratchMemory {
+ public:
+  ScratchMemory(const ScanParams& p, int lanes, int rows) {
+    const std::int64_t row = p.chunk * lanes, state = p.states * lanes, matrix = (p.chunk * p.states + 15) / 16 * 16;
+    const std::size_t bytes = 4 * (rows * row + state + 2 * matrix);
+    memory_.reset(static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+    STD_TORCH_CHECK(memory_ != nullptr, "selective_scan: out of memory for ", bytes, " bytes of working memory");
+    float* data = memory_.get();
+    scratch_ = {data, row, data + rows * row, data + rows * row + state, data + rows * row + state + matrix};
+  }
+  const ScanScratch& get() const { return scratch_; }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  ScanScratch scratch_;
+};
+
+std::int64_t blocks_per_group(const ScanParams& p, int lanes) { return (p.channels / p.groups + lanes - 1) / lanes; }
+
+ScanParams make_params(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                       const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+                       const OptionalTensor& addend, double scale, bool delta_softplus, bool reverse) {
+  STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2, "u must be (batch, channels, length) and A (channels, states)");
+  ScanParams p{};
+  p.batch = u.size(0);
+  p.channels = u.size(1);
+  p.length = u.size(2);
+  p.states = A.size(1);
+  p.u = activation(u, "u", u);
+  p.delta = activation(delta, "delta", u);
+  p.z = activation(z, "z", u);
+  p.addend = activation(addend, "addend", u);
+  p.B = input_matrix(B, "B");
+  p.C = input_matrix(C, "C");
+  const std::int64_t B_groups = B.dim() == 4 ? B.size(1) : 1, C_groups = C.dim() == 4 ? C.size(1) : 1;
+  p.groups = std::max(B_groups, C_groups);
+  STD_TORCH_CHECK((B_groups == p.groups || p.B.group == 0 || p.B.constant) &&
+                      (C_groups == p.groups || p.C.group == 0 || p.C.constant) && p.channels % p.groups == 0,
+                  "B and C must have the same number of groups, and it must divide the channels");
+  p.A = static_cast<const float*>(A.data_ptr());
+  p.D = float_data(D);
+  p.delta_bias = float_data(delta_bias);
+  p.scale = static_cast<float>(scale);
+  p.delta_softplus = delta_softplus;
+  p.reverse = reverse;
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+                                                OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
+                                                OptionalTensor addend, double scale, bool delta_softplus, bool reverse,
+                                                std::string method, bool float_out, bool save_checkpoints) {
+  const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
+  const ScanMethodKernels& selected = find_method(kernels, method);
+  A = contiguous_float(A, "A");
+  if (D.has_value()) D = contiguous_float(*D, "D");
+  if (delta_bias.has_value()) delta_bias = contiguous_float(*delta_bias, "delta_bias");
+  if (initial_state.has_value()) initial_state = contiguous_float(*initial_state, "initial_state");
+
+  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, addend, scale, delta_softplus, reverse);
+  p.initial_state = float_data(initial_state);
+  p.chunk = save_checkpoints ? checkpoint_interval(p.states) : kForwardChunk;
+  Tensor out = new_activation(u, float_out ? ScalarType::Float : u.scalar_type());
+  Tensor last_state = new_floats(u, {p.batch, p.channels, p.states});
+  const std::int64_t chunks = save_checkpoints ? (p.length + p.chunk - 1) / p.chunk : 0;
+  Tensor checkpoints = new_floats(u, {p.batch, chunks, p.states, p.channels});
+  p.out = activation(out, "out", u);
+  p.last_state = static_cast<float*>(last_state.data_ptr());
+  p.checkpoints = save_checkpoints ? static_cast<float*>(checkpoints.data_ptr()) : nullptr;
+
+  const ForwardTask task = selected.forward[p.B.constant][p.C.constant];
+  const std::int64_t splits = blocks_per_group(p, kernels.lanes);
+  torch::stable::parallel_for(0, p.batch * p.groups * splits, 1, [&](std::int64_t begin, std::int64_t end) {
+    const ScratchMemory scratch(p, kernels.lanes, kForwardRows);
+    for (std::int64_t i = begin; i < end; ++i) task(p, i, splits, scratch.get());
+  });
+  return {out, last_state, checkpoints};
+}
+
+// Sum over the batch of (batch, …) floats, in order.
+Tensor sum_batch(const Tensor& parts, std::vector<std::int64_t> size, const Tensor& like) {
+  std::int64_t count = 1;
+  for (std::int64_t s : size) count *= s;
+  Tensor total = new_floats(like, size);
+  float* target = static_cast<float*>(total.data_ptr());
+  const float* source = static_cast<const float*>(parts.data_ptr());
+  std::memcpy(target, source, 4 * count);
+  for (std::int64_t b = 1; b < parts.size(0); ++b) {
+    for (std::int64_t i = 0; i < count; ++i) target[i] += source[b * count + i];
+  }
+  return total;
+}
+
+// The gradient of B or C: the tasks' partial sums (batch, groups, splits, states, length), added in order. The result is
+// (batch, groups, states, length) with the states innermost in memory where the input has them so.
+Tensor sum_splits(const Tensor& parts, bool states_innermost) {
+  const std::int64_t batch = parts.size(0), groups = parts.size(1), splits = parts.size(2), states = parts.size(3),
+                     length = parts.size(4), size = states * length;
+  Tensor total = states_innermost ? new_floats(parts, {batch, groups, length, states}) : new_floats(parts, {batch, groups, states, length});
+  const float* source = static_cast<const float*>(parts.data_ptr());
+  float* target = static_cast<float*>(total.data_ptr());
+  torch::stable::parallel_for(0, batch * groups, 1, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> sums(size);
+    for (std::int64_t i = begin; i < end; ++i) {
+      std::copy_n(source + i * splits * size, size, sums.begin());
+      for (std::int64_t s = 1; s < splits; ++s) {
+        const float* part = source + (i * splits + s) * size;
+        for (std::int64_t j = 0; j < size; ++j) sums[j] += part[j];
+      }
+      if (!states_innermost) {
+        std::copy_n(sums.begin(), size, target + i * size);
+        continue;
+      }
+      for (std::int64_t t = 0; t < length; ++t) {
+        for (std::int64_t n = 0; n < states; ++n) target[i * size + t * states + n] = sums[n * length + t];
+      }
+    }
+  });
+  return states_innermost ? torch::stable::transpose(total, 2, 3) : total;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
+    Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+    OptionalTensor z, OptionalTensor delta_bias, OptionalTensor addend, Tensor checkpoints, double scale, bool delta_softplus,
+    bool reverse, std::string method) {
+  const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
+  const ScanMethodKernels& selected = find_method(kernels, method);
+  A = contiguous_float(A, "A");
+  if (D.has_value()) D = contiguous_float(*D, "D");
+  if (delta_bias.has_value()) delta_bias = contiguous_float(*delta_bias, "delta_bias");
+  if (dlast_state.has_value()) dlast_state = contiguous_float(*dlast_state, "dlast_state");
+
+  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, addend, scale, delta_softplus, reverse);
+  p.chunk = checkpoint_interval(p.states);
+  STD_TORCH_CHECK(checkpoints.dim() == 4 && checkpoints.size(1) == (p.length + p.chunk - 1) / p.chunk,
+                  "checkpoints: run the forward with save_checkpoints=True");
+  p.checkpoints = static_cast<float*>(checkpoints.data_ptr());
+
+  const auto empty = [&](bool wanted, std::vector<std::int64_t> size) {
+    return wanted ? new_floats(u, size) : new_floats(u, {0});
+  };
+  const auto empty_activation = [&](const OptionalTensor& like) {
+    return like.has_value() ? new_activation(*like, like->scalar_type()) : new_floats(u, {0});
+  };
+  Tensor du = new_activation(u, u.scalar_type());
+  Tensor ddelta = new_activation(delta, delta.scalar_type());
+  Tensor dz = empty_activation(z);
+  Tensor daddend = empty_activation(addend);
+  Tensor dA = new_floats(u, {p.batch, p.channels, p.states});
+  Tensor dD = empty(D.has_value(), {p.batch, p.channels});
+  Tensor ddelta_bias = empty(delta_bias.has_value(), {p.batch, p.channels});
+  Tensor dinitial_state = new_floats(u, {p.batch, p.channels, p.states});
+
+  ScanGradients g{};
+  g.splits = std::clamp<std::int64_t>((kBackwardTasks + p.batch * p.groups - 1) / (p.batch * p.groups), 1,
+                                      blocks_per_group(p, kernels.lanes));
+  const auto new_sums = [&](const InputMatrix& m) {
+    return m.constant ? new_floats(u, {p.batch, p.channels, p.states})
+                      : torch::stable::new_zeros(u, {p.batch, p.groups, g.splits, p.states, p.length}, ScalarType::Float);
+  };
+  Tensor dB = new_sums(p.B), dC = new_sums(p.C);
+  g.dout = activation(dout, "dout", u);
+  g.du = activation(du, "du", u);
+  g.ddelta = activation(ddelta, "ddelta", u);
+  if (z.has_value()) g.dz = activation(dz, "dz", u);
+  if (addend.has_value()) g.daddend = activation(daddend, "daddend", u);
+  g.dlast_state = float_data(dlast_state);
+  g.dinitial_state = static_cast<float*>(dinitial_state.data_ptr());
+  g.dA = static_cast<float*>(dA.data_ptr());
+  g.dD = D.has_value() ? static_cast<float*>(dD.data_ptr()) : nullptr;
+  g.ddelta_bias = delta_bias.has_value() ? static_cast<float*>(ddelta_bias.data_ptr()) : nullptr;
+  g.dB = static_cast<float*>(dB.data_ptr());
+  g.dC = static_cast<float*>(dC.data_ptr());
+
+  const BackwardTask task = selected.backward[p.B.constant][p.C.constant];
+  torch::stable::parallel_for(0, p.batch * p.groups * g.splits, 1, [&](std::int64_t begin, std::int64_t end) {
+    const ScratchMemory scratch(p, kernels.lanes, kBackwardRows);
+    for (std::int64_t i = begin; i < end; ++i) task(p, g, i, scratch.get());
+  });
+
+  const auto finish = [&](const Tensor& sums, const InputMatrix& m) {
+    return m.constant ? sum_batch(sums, {p.channels, p.states}, u) : sum_splits(sums, m.state == 1);
+  };
+  return {du,
+          ddelta,
+          sum_batch(dA, {p.channels, p.states}, u),
+          finish(dB, p.B),
+          finish(dC, p.C),
+          D.has_value() ? sum_batch(dD, {p.channels}, u) : dD,
+          dz,
+          delta_bias.has_value() ? sum_batch(ddelta_bias, {p.channels}, u) : ddelta_bias,
+          dinitial_state,
+          daddend};
+}
+
+// Comma-separated, in the table's order.
+std::string discretization_names() {
+  std::string names;
+#define MAMBA_SSM_NAME(Method) names += std::string(names.empty() ? "" : ",") + Method::name;
+  MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_NAME)
+#undef MAMBA_SSM_NAME
+  return names;
+}
+
+}  // namespace
+}  // namespace mamba_ssm
+
+STABLE_TORCH_LIBRARY_IMPL(mamba_ssm, CPU, m) {
+  m.impl("selective_scan_fwd", TORCH_BOX(&mamba_ssm::scan_forward));
+  m.impl("selective_scan_bwd", TORCH_BOX(&mamba_ssm::scan_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(mamba_ssm, CompositeExplicitAutograd, m) {
+  m.impl("discretization_names", TORCH_BOX(&mamba_ssm::discretization_names));
+}
