@@ -1,0 +1,1 @@
+"""Vision Mamba: models, training, data. `import vim.models_mamba` registers the models with timm."""
