@@ -91,7 +91,7 @@ def table_note(results: Results) -> str:
     return (
         f"Accuracy on {results['held_out_images']} held-out images after the last of {results['settings']['epochs']} "
         "epochs: mean ± sample standard deviation over the seeds. Time and memory are measured apart, one process with "
-        "one thread at a time: medians over the epochs after the first; img/s in training and in evaluation; peak is the "
+        "one thread at a time: medians over the epochs after the first; img/s in training and in evaluation; peak: the "
         f"largest resident memory of the process{memory}."
     )
 
