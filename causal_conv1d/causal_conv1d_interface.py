@@ -1,13 +1,30 @@
 """Public functions: check the arguments, then call the compiled op or the reference."""
 
+import torch
 from torch import Tensor
 
+import causal_conv1d.ops  # noqa: F401  defines torch.ops.causal_conv1d
 from causal_conv1d.reference import (
     causal_conv1d_ref,
     causal_conv1d_update_ref,
+    check_conv_arguments,
+    check_update_arguments,
+    final_states,
 )
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_ref", "causal_conv1d_update", "causal_conv1d_update_ref"]
+
+
+def _use_kernel(x: Tensor, *others: Tensor | None, wish: bool | None = None) -> bool:
+    # Imported late: mamba_ssm imports this package, whichever of the two is imported first.
+    from mamba_ssm._backend import use_kernel
+
+    float64 = (t for t in others if t is not None and t.dtype == torch.float64)
+    return use_kernel(next(float64, x), wish)
+
+
+def _int32(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.to(torch.int32).contiguous()
 
 
 def causal_conv1d_fn(
@@ -53,17 +70,25 @@ def causal_conv1d_fn(
 
     Interface: Dao-AILab/causal-conv1d; the layer: Gu & Dao, "Mamba", 2023, section 3.4.
     """
-    return causal_conv1d_ref(
-        x,
-        weight,
-        bias,
-        initial_states,
-        return_final_states,
-        final_states_out,
-        activation,
-        seq_idx=seq_idx,
-        reverse=reverse,
-    )
+    check_conv_arguments(x, weight, bias, seq_idx, initial_states, return_final_states, final_states_out, activation)
+    if not _use_kernel(x, weight, bias, initial_states, wish=use_cuda_kernel):
+        return causal_conv1d_ref(
+            x,
+            weight,
+            bias,
+            initial_states,
+            return_final_states,
+            final_states_out,
+            activation,
+            seq_idx=seq_idx,
+            reverse=reverse,
+        )
+    history = None if initial_states is None else initial_states.to(x.dtype)
+    out = torch.ops.causal_conv1d.conv_fwd(x, weight, bias, _int32(seq_idx), history, activation is not None, reverse)
+    if not return_final_states:
+        return out
+    states = final_states(x, initial_states, weight.shape[1], reverse)
+    return out, states if final_states_out is None else final_states_out.copy_(states)
 
 
 def causal_conv1d_update(
@@ -76,6 +101,8 @@ def causal_conv1d_update(
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
     """Convolve one or several new tokens with the inputs kept in ``conv_state``, and update it in place.
+
+    For inference: where a gradient is asked for, the differentiable reference runs.
 
     Args:
         x: (batch, dim) for one token, or (batch, dim, seqlen).
@@ -93,4 +120,19 @@ def causal_conv1d_update(
     Raises:
         ValueError: a shape, device or option does not fit. TypeError: a dtype does not.
     """
-    return causal_conv1d_update_ref(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+    check_update_arguments(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+    needs_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, conv_state, weight, bias)
+    )
+    if not _use_kernel(x, conv_state, weight, bias) or needs_gradient:
+        return causal_conv1d_update_ref(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+    out = torch.ops.causal_conv1d.conv_update(
+        x[..., None] if x.dim() == 2 else x,
+        conv_state,
+        weight,
+        bias,
+        _int32(cache_seqlens),
+        _int32(conv_state_indices),
+        activation is not None,
+    )
+    return out[..., 0] if x.dim() == 2 else out

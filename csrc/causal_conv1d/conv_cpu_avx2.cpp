@@ -1,0 +1,9 @@
+#if defined(__x86_64__)
+#include "conv_kernel.h"
+#include "isa_avx2.h"
+
+namespace mamba_ssm {
+const ConvKernels conv_kernels_avx2 = {avx2::forward, avx2::backward, avx2::update};
+}  // namespace mamba_ssm
+#include "isa_end.h"
+#endif

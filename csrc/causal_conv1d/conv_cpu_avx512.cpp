@@ -1,0 +1,9 @@
+#if defined(__x86_64__)
+#include "conv_kernel.h"
+#include "isa_avx512.h"
+
+namespace mamba_ssm {
+const ConvKernels conv_kernels_avx512 = {avx512::forward, avx512::backward, avx512::update};
+}  // namespace mamba_ssm
+#include "isa_end.h"
+#endif
