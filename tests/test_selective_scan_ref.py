@@ -328,9 +328,9 @@ def test_bidirectional_arguments_must_match():
 
 @pytest.mark.parametrize("full", [False, True], ids=["diagonal", "full"])
 def test_compiles_into_one_graph(full):
-    args = arguments(full=full, dtype=torch.float32)
+    args = arguments(full=full, length=2, dtype=torch.float32)
     compiled = torch.compile(selective_scan_ref, fullgraph=True, backend="eager")
-    for method in ("zoh", "bilinear", "highorder"):
+    for method in ("bilinear", "highorder"):
         options = {"delta_softplus": True, "discretization_method": method}
         torch.testing.assert_close(compiled(**args, **options), selective_scan_ref(**args, **options))
 

@@ -10,6 +10,7 @@ Per channel d, with a state h of N entries, Ā and c from one row of `discretiza
 Symbols: batch B, channels D, length L, states N, groups G.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,19 +114,18 @@ def _scan(
     if delta_softplus:
         delta = F.softplus(delta)
 
-    # Time comes second here: (B, L, D) or (B, L, D, N). unbind, because its backward is one stack, where that of
-    # indexing by t would fill a whole tensor per step.
-    A_bar, c = discretize(discretization_method, delta.transpose(1, 2), A)
-    input_state = _matvec(c, _over_time(B, channels)) * u.transpose(1, 2)[..., None]
-    A_bars, input_states = A_bar.unbind(1), input_state.unbind(1)
+    # One entry per step: unbind, because its backward is one stack, where indexing by t would fill a whole tensor each.
+    us, deltas = u.unbind(-1), delta.unbind(-1)
+    Bs, Cs = _per_step(B, channels, length), _per_step(C, channels, length)
 
     state = u.new_zeros(batch, channels, A.shape[-1]) if initial_state is None else initial_state.to(dtype)
-    states = [state] * length
+    ys = [u] * length
     for t in reversed(range(length)) if reverse else range(length):
-        state = _matvec(A_bars[t], state) + input_states[t]
-        states[t] = state
+        A_bar, c = discretize(discretization_method, deltas[t], A)
+        state = _matvec(A_bar, state) + _matvec(c, Bs[t]) * us[t][..., None]
+        ys[t] = (Cs[t] * state).sum(-1)
 
-    y = (torch.stack(states, dim=1) * _over_time(C, channels)).sum(-1).transpose(1, 2)
+    y = torch.stack(ys, dim=-1)
     if D is not None:
         y = y + D[:, None] * u
     return y, state
@@ -138,13 +138,13 @@ def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     return matrix * vector
 
 
-def _over_time(B: Tensor, channels: int) -> Tensor:
-    """B or C in any of its forms, as a tensor that broadcasts against (B, L, D, N)."""
+def _per_step(B: Tensor, channels: int, length: int) -> Sequence[Tensor]:
+    """B or C in any of its forms, as one tensor per step that broadcasts against (B, D, N)."""
     if B.dim() == 2:
-        return B[None, None]
+        return [B[None]] * length
     if B.dim() == 3:
-        return B.transpose(1, 2)[:, :, None]
-    return B.permute(0, 3, 1, 2).repeat_interleave(channels // B.shape[1], dim=2)
+        return B[:, None].unbind(-1)
+    return B.repeat_interleave(channels // B.shape[1], dim=1).unbind(-1)
 
 
 def _gate(y: Tensor, z: Tensor | None) -> Tensor:
