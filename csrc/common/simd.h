@@ -17,6 +17,8 @@
 #endif
 
 #define MAMBA_SSM_INLINE inline __attribute__((always_inline))
+// For larger functions of an instruction set's namespace: compiled once in each of its translation units.
+#define MAMBA_SSM_ONCE static __attribute__((noinline))
 
 namespace mamba_ssm {
 namespace MAMBA_SSM_ISA {
@@ -65,8 +67,8 @@ MAMBA_SSM_INLINE vhalf to_bf16(vfloat x) {
 }
 
 #if MAMBA_SSM_LANES == 16
-MAMBA_SSM_INLINE vfloat from_f16(vhalf bits) { return bit_cast<vfloat>(_mm512_cvtph_ps(bit_cast<__m256i>(bits))); }
-MAMBA_SSM_INLINE vhalf to_f16(vfloat x) { return bit_cast<vhalf>(_mm512_cvtps_ph(bit_cast<__m512>(x), 0)); }
+MAMBA_SSM_INLINE vfloat from_f16(vhalf bits) { return bit_cast<vfloat>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits))); }
+MAMBA_SSM_INLINE vhalf to_f16(vfloat x) { return bit_cast<vhalf>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), 0)); }
 #elif MAMBA_SSM_LANES == 8
 MAMBA_SSM_INLINE vfloat from_f16(vhalf bits) { return bit_cast<vfloat>(_mm256_cvtph_ps(bit_cast<__m128i>(bits))); }
 MAMBA_SSM_INLINE vhalf to_f16(vfloat x) { return bit_cast<vhalf>(_mm256_cvtps_ph(bit_cast<__m256>(x), 0)); }

@@ -166,11 +166,13 @@ struct TransitionGradient {
 
 // ---- the methods -----------------------------------------------------------------------------------------------
 // prepare(A) turns the continuous parameter, constant over time, into what the step needs of it (computed once per
-// channel and state). forward(Δ, coefficients) and gradient(Δ, coefficients) are the discretization.
+// channel and state). forward(Δ, coefficients) and gradient(Δ, coefficients) are the discretization. kInputIsDelta says
+// that c = Δ, so that a kernel need not keep c and its derivatives 1 and 0.
 
 // Zero-order hold with Mamba's simplified input rule:  Ā = e^x,  c = Δ.
 struct Zoh {
   static constexpr const char* name = "zoh";
+  static constexpr bool kInputIsDelta = true;
   template <class V>
   static MAMBA_SSM_HD V prepare(V A) {
     return A;
@@ -190,6 +192,7 @@ struct Zoh {
 // At the pole x = 2 (A > 0) the result is infinite, as the rule is.
 struct Bilinear {
   static constexpr const char* name = "bilinear";
+  static constexpr bool kInputIsDelta = false;
   template <class V>
   static MAMBA_SSM_HD V prepare(V A) {
     return A;
@@ -213,6 +216,7 @@ struct Bilinear {
 // ∂(Δ^k φ_k)/∂Δ = Δ^{k-1} φ_{k-1} and φ_k' = φ_k − k φ_{k+1}.
 template <int W1, int W2, int W3>
 struct Hold {
+  static constexpr bool kInputIsDelta = false;
   template <int W, class V>
   static MAMBA_SSM_HD auto weighted(V value) {
     if constexpr (W == 0) {
@@ -281,6 +285,7 @@ struct ZohExact : Hold<6, 0, 0> {
 // Rows whose c is a polynomial in Δ and x; Ā = e^x. `Series` gives c, ∂c/∂Δ and ∂c/∂A.
 template <class Series>
 struct ExponentialWithPolynomialInput {
+  static constexpr bool kInputIsDelta = false;
   template <class V>
   static MAMBA_SSM_HD V prepare(V A) {
     return A;

@@ -23,6 +23,7 @@ struct InputMatrix {
 };
 
 struct ScanParams {
+  int method;  // row of the table MAMBA_SSM_DISCRETIZATIONS
   std::int64_t batch, channels, length, states, groups;
   Activation u, delta, z, addend, out;
   InputMatrix B, C;

@@ -61,11 +61,18 @@ Tensor new_floats(const Tensor& like, std::vector<std::int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Float);
 }
 
-const ScanMethodKernels& find_method(const ScanKernels& kernels, const std::string& name) {
+constexpr const char* kMethodNames[] = {
+#define MAMBA_SSM_NAME(Method) Method::name,
+    MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_NAME)
+#undef MAMBA_SSM_NAME
+};
+
+int find_method(const std::string& name) {
   std::string known;
-  for (int i = 0; i < kernels.count; ++i) {
-    if (name == kernels.methods[i].name) return kernels.methods[i];
-    known += (i ? ", " : "") + std::string(kernels.methods[i].name);
+  int index = 0;
+  for (const char* candidate : kMethodNames) {
+    if (name == candidate) return index;
+    known.append(index++ ? ", " : "").append(candidate);
   }
   STD_TORCH_CHECK(false, "discretization_method: got '", name, "'; expected one of ", known);
 }
@@ -73,13 +80,15 @@ const ScanMethodKernels& find_method(const ScanKernels& kernels, const std::stri
 // The working memory of one thread, aligned to cache lines.
 class ScratchMemory {
  public:
-  ScratchMemory(const ScanParams& p, int lanes, int rows) {
-    const std::int64_t row = p.chunk * lanes, state = p.states * lanes, matrix = (p.chunk * p.states + 15) / 16 * 16;
-    const std::size_t bytes = 4 * (rows * row + state + 2 * matrix);
+  ScratchMemory(const ScanParams& p, int lanes, int step_rows, int state_rows) {
+    const std::int64_t steps = p.chunk * lanes, states = p.states * lanes;
+    const std::int64_t matrix = std::max((p.chunk * p.states + 15) / 16 * 16, states);
+    const std::size_t bytes = 4 * (step_rows * steps + state_rows * states + 2 * matrix);
     memory_.reset(static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
     STD_TORCH_CHECK(memory_ != nullptr, "selective_scan: out of memory for ", bytes, " bytes of working memory");
-    float* data = memory_.get();
-    scratch_ = {data, row, data + rows * row, data + rows * row + state, data + rows * row + state + matrix};
+    float* state_data = memory_.get() + step_rows * steps;
+    float* B = state_data + state_rows * states;
+    scratch_ = {memory_.get(), steps, state_data, states, B, B + matrix};
   }
   const ScanScratch& get() const { return scratch_; }
 
@@ -95,9 +104,11 @@ std::int64_t blocks_per_group(const ScanParams& p, int lanes) { return (p.channe
 
 ScanParams make_params(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                        const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
-                       const OptionalTensor& addend, double scale, bool delta_softplus, bool reverse) {
+                       const OptionalTensor& addend, double scale, bool delta_softplus, bool reverse,
+                       const std::string& method) {
   STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2, "u must be (batch, channels, length) and A (channels, states)");
   ScanParams p{};
+  p.method = find_method(method);
   p.batch = u.size(0);
   p.channels = u.size(1);
   p.length = u.size(2);
@@ -127,13 +138,12 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
                                                 OptionalTensor addend, double scale, bool delta_softplus, bool reverse,
                                                 std::string method, bool float_out, bool save_checkpoints) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
-  const ScanMethodKernels& selected = find_method(kernels, method);
   A = contiguous_float(A, "A");
   if (D.has_value()) D = contiguous_float(*D, "D");
   if (delta_bias.has_value()) delta_bias = contiguous_float(*delta_bias, "delta_bias");
   if (initial_state.has_value()) initial_state = contiguous_float(*initial_state, "initial_state");
 
-  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, addend, scale, delta_softplus, reverse);
+  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, addend, scale, delta_softplus, reverse, method);
   p.initial_state = float_data(initial_state);
   p.chunk = save_checkpoints ? checkpoint_interval(p.states) : kForwardChunk;
   Tensor out = new_activation(u, float_out ? ScalarType::Float : u.scalar_type());
@@ -144,11 +154,10 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
   p.last_state = static_cast<float*>(last_state.data_ptr());
   p.checkpoints = save_checkpoints ? static_cast<float*>(checkpoints.data_ptr()) : nullptr;
 
-  const ForwardTask task = selected.forward[p.B.constant][p.C.constant];
   const std::int64_t splits = blocks_per_group(p, kernels.lanes);
   torch::stable::parallel_for(0, p.batch * p.groups * splits, 1, [&](std::int64_t begin, std::int64_t end) {
-    const ScratchMemory scratch(p, kernels.lanes, kForwardRows);
-    for (std::int64_t i = begin; i < end; ++i) task(p, i, splits, scratch.get());
+    const ScratchMemory scratch(p, kernels.lanes, kForwardStepRows, kForwardStateRows);
+    for (std::int64_t i = begin; i < end; ++i) kernels.forward(p, i, splits, scratch.get());
   });
   return {out, last_state, checkpoints};
 }
@@ -200,13 +209,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     OptionalTensor z, OptionalTensor delta_bias, OptionalTensor addend, Tensor checkpoints, double scale, bool delta_softplus,
     bool reverse, std::string method) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
-  const ScanMethodKernels& selected = find_method(kernels, method);
   A = contiguous_float(A, "A");
   if (D.has_value()) D = contiguous_float(*D, "D");
   if (delta_bias.has_value()) delta_bias = contiguous_float(*delta_bias, "delta_bias");
   if (dlast_state.has_value()) dlast_state = contiguous_float(*dlast_state, "dlast_state");
 
-  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, addend, scale, delta_softplus, reverse);
+  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, addend, scale, delta_softplus, reverse, method);
   p.chunk = checkpoint_interval(p.states);
   STD_TORCH_CHECK(checkpoints.dim() == 4 && checkpoints.size(1) == (p.length + p.chunk - 1) / p.chunk,
                   "checkpoints: run the forward with save_checkpoints=True");
@@ -248,10 +256,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   g.dB = static_cast<float*>(dB.data_ptr());
   g.dC = static_cast<float*>(dC.data_ptr());
 
-  const BackwardTask task = selected.backward[p.B.constant][p.C.constant];
   torch::stable::parallel_for(0, p.batch * p.groups * g.splits, 1, [&](std::int64_t begin, std::int64_t end) {
-    const ScratchMemory scratch(p, kernels.lanes, kBackwardRows);
-    for (std::int64_t i = begin; i < end; ++i) task(p, g, i, scratch.get());
+    const ScratchMemory scratch(p, kernels.lanes, kBackwardStepRows, kBackwardStateRows);
+    for (std::int64_t i = begin; i < end; ++i) kernels.backward(p, g, i, scratch.get());
   });
 
   const auto finish = [&](const Tensor& sums, const InputMatrix& m) {
@@ -272,9 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 // Comma-separated, in the table's order.
 std::string discretization_names() {
   std::string names;
-#define MAMBA_SSM_NAME(Method) names += std::string(names.empty() ? "" : ",") + Method::name;
-  MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_NAME)
-#undef MAMBA_SSM_NAME
+  for (const char* name : kMethodNames) names.append(names.empty() ? "" : ",").append(name);
   return names;
 }
 

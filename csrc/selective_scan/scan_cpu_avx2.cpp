@@ -3,7 +3,7 @@
 #include "scan_cpu_kernel.h"
 
 namespace mamba_ssm {
-extern const ScanKernels scan_kernels_avx2 = scan_kernels(avx2::kLanes, avx2::kMethods);
+const ScanKernels scan_kernels_avx2 = {avx2::kLanes, avx2::forward_task, avx2::backward_task};
 }  // namespace mamba_ssm
 #include "isa_end.h"
 #endif

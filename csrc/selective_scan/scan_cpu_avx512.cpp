@@ -3,7 +3,7 @@
 #include "scan_cpu_kernel.h"
 
 namespace mamba_ssm {
-extern const ScanKernels scan_kernels_avx512 = scan_kernels(avx512::kLanes, avx512::kMethods);
+const ScanKernels scan_kernels_avx512 = {avx512::kLanes, avx512::forward_task, avx512::backward_task};
 }  // namespace mamba_ssm
 #include "isa_end.h"
 #endif

@@ -2,6 +2,6 @@
 #include "scan_cpu_kernel.h"
 
 namespace mamba_ssm {
-extern const ScanKernels scan_kernels_generic = scan_kernels(generic::kLanes, generic::kMethods);
+const ScanKernels scan_kernels_generic = {generic::kLanes, generic::forward_task, generic::backward_task};
 }  // namespace mamba_ssm
 #include "isa_end.h"

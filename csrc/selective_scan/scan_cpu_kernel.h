@@ -20,8 +20,6 @@
 namespace mamba_ssm {
 namespace MAMBA_SSM_ISA {
 
-constexpr int kMaxChunk = 256;
-
 // The neighbouring channels that a task works on at one time.
 struct Block {
   std::int64_t batch, channel;
@@ -38,7 +36,7 @@ struct Chunk {
 };
 
 // rows[step][lane] = activation(block.batch, block.channel + lane, chunk.time(step))
-MAMBA_SSM_INLINE void load_rows(const Activation& a, const Block& block, const Chunk& chunk, float* rows) {
+MAMBA_SSM_ONCE void load_rows(const Activation& a, const Block& block, const Chunk& chunk, float* rows) {
   const std::int64_t base = block.batch * a.batch + block.channel * a.channel;
   if (a.channel == 1 || block.count == 1) {
     for (int t = 0; t < chunk.steps; ++t) {
@@ -65,7 +63,7 @@ MAMBA_SSM_INLINE void load_rows(const Activation& a, const Block& block, const C
   }
 }
 
-MAMBA_SSM_INLINE void store_rows(const Activation& a, const Block& block, const Chunk& chunk, const float* rows) {
+MAMBA_SSM_ONCE void store_rows(const Activation& a, const Block& block, const Chunk& chunk, const float* rows) {
   const std::int64_t base = block.batch * a.batch + block.channel * a.channel;
   if (a.channel == 1 || block.count == 1) {
     for (int t = 0; t < chunk.steps; ++t) {
@@ -98,7 +96,7 @@ struct StateRows {
   std::int64_t stride;
 };
 
-MAMBA_SSM_INLINE StateRows stage_state_rows(const InputMatrix& m, std::int64_t batch, std::int64_t group,
+MAMBA_SSM_ONCE StateRows stage_state_rows(const InputMatrix& m, std::int64_t batch, std::int64_t group,
                                             const Chunk& chunk, std::int64_t states, float* buffer) {
   const std::int64_t base = batch * m.batch + group * m.group;
   if (m.dtype == Dtype::f32 && m.state == 1) {
@@ -117,13 +115,46 @@ MAMBA_SSM_INLINE StateRows stage_state_rows(const InputMatrix& m, std::int64_t b
   return {buffer, states};
 }
 
-// B and C of one state over a chunk, in either form: a scalar per step that all lanes share, or a constant per lane.
-// (The choice is invariant in the loop over steps, and the compiler takes it out.)
+// One row of lanes per state, from a matrix (channels, states) and back.
+MAMBA_SSM_ONCE void load_states(const float* matrix, std::int64_t states, const Block& block, float* rows) {
+  for (std::int64_t n = 0; n < states; ++n) {
+    vfloat v{};
+    if (matrix != nullptr) {
+      for (int lane = 0; lane < block.count; ++lane) v[lane] = matrix[(block.channel + lane) * states + n];
+    }
+    store(rows + n * kLanes, v);
+  }
+}
+MAMBA_SSM_ONCE void store_states(float* matrix, std::int64_t states, const Block& block, const float* rows) {
+  for (std::int64_t n = 0; n < states; ++n) {
+    for (int lane = 0; lane < block.count; ++lane) matrix[(block.channel + lane) * states + n] = rows[n * kLanes + lane];
+  }
+}
+MAMBA_SSM_ONCE void load_constant_matrix(const InputMatrix& m, std::int64_t states, const Block& block, float* rows) {
+  for (std::int64_t n = 0; n < states; ++n) {
+    vfloat v{};
+    for (int lane = 0; lane < block.count; ++lane) {
+      v[lane] = load_element(m.data, (block.channel + lane) * m.group + n * m.state, m.dtype);
+    }
+    store(rows + n * kLanes, v);
+  }
+}
+
+// B or C of one state over a chunk: a scalar per step that all lanes share, or a constant per lane.
 template <bool Constant>
 struct StateColumn {
   const float* data;
   std::int64_t stride;
   vfloat value;
+  MAMBA_SSM_INLINE StateColumn() = default;
+  MAMBA_SSM_INLINE StateColumn(const StateRows& rows, std::int64_t n) {
+    if constexpr (Constant) {
+      value = load(rows.data + n * kLanes);
+    } else {
+      data = rows.data + n;
+      stride = rows.stride;
+    }
+  }
   MAMBA_SSM_INLINE vfloat operator[](int step) const {
     if constexpr (Constant) {
       return value;
@@ -133,34 +164,8 @@ struct StateColumn {
   }
 };
 
-// A (channels, states) and the constant forms of B and C: one state of the block's channels.
-MAMBA_SSM_INLINE vfloat load_channels(const float* matrix, std::int64_t states, const Block& block, std::int64_t n) {
-  vfloat v{};
-  for (int lane = 0; lane < block.count; ++lane) v[lane] = matrix[(block.channel + lane) * states + n];
-  return v;
-}
-MAMBA_SSM_INLINE void store_channels(float* matrix, std::int64_t states, const Block& block, std::int64_t n, vfloat v) {
-  for (int lane = 0; lane < block.count; ++lane) matrix[(block.channel + lane) * states + n] = v[lane];
-}
-MAMBA_SSM_INLINE vfloat load_constant(const InputMatrix& m, const Block& block, std::int64_t n) {
-  vfloat v{};
-  for (int lane = 0; lane < block.count; ++lane) {
-    v[lane] = load_element(m.data, (block.channel + lane) * m.group + n * m.state, m.dtype);
-  }
-  return v;
-}
-
-template <bool Constant>
-MAMBA_SSM_INLINE StateColumn<Constant> column(const InputMatrix& m, const StateRows& rows, const Block& block, std::int64_t n) {
-  if constexpr (Constant) {
-    return {nullptr, 0, load_constant(m, block, n)};
-  } else {
-    return {rows.data + n, rows.stride, vfloat{}};
-  }
-}
-
 // Δ of a chunk from the staged delta, in place.
-MAMBA_SSM_INLINE void apply_delta_rule(const ScanParams& p, vfloat bias, int steps, float* delta) {
+MAMBA_SSM_ONCE void apply_delta_rule(const ScanParams& p, vfloat bias, int steps, float* delta) {
   for (int t = 0; t < steps; ++t) {
     const vfloat raw = load(delta + t * kLanes) + bias;
     store(delta + t * kLanes, p.delta_softplus ? softplus(raw) : raw);
@@ -171,22 +176,47 @@ MAMBA_SSM_INLINE vfloat load_parameter(const float* parameter, const Block& bloc
   return parameter == nullptr ? vfloat{} : load_elements(parameter, block.channel, Dtype::f32, block.count);
 }
 
+MAMBA_SSM_INLINE Chunk chunk_at(const ScanParams& p, std::int64_t first) {
+  return {first, static_cast<int>(p.chunk < p.length - first ? p.chunk : p.length - first), p.length, p.reverse};
+}
+MAMBA_SSM_INLINE std::int64_t chunk_count(const ScanParams& p) { return (p.length + p.chunk - 1) / p.chunk; }
+MAMBA_SSM_INLINE float* checkpoint(const ScanParams& p, const Block& block, std::int64_t chunk, std::int64_t n) {
+  return p.checkpoints + ((block.batch * chunk_count(p) + chunk) * p.states + n) * p.channels + block.channel;
+}
+
+// Points `rows` at the constant form, staged once per block, or stages the chunk of the varying form.
+MAMBA_SSM_INLINE StateRows matrix_rows(const InputMatrix& m, const ScanParams& p, const Block& block, std::int64_t group,
+                                       const Chunk& chunk, float* buffer) {
+  return m.constant ? StateRows{buffer, 0} : stage_state_rows(m, block.batch, group, chunk, p.states, buffer);
+}
+
 // ---- forward ---------------------------------------------------------------------------------------------------
+
+// What the loops over a chunk's steps read and write; rows of kLanes floats, per step or per state.
+struct ForwardRows {
+  const float* __restrict delta;
+  const float* __restrict u;
+  float* __restrict y;
+  const float* A;
+  float* state;
+  StateRows B, C;
+};
 
 // The steps of `Unroll` neighbouring states, side by side so that their chains of dependent operations overlap.
 template <class Method, int Unroll, bool ConstantB, bool ConstantC>
-MAMBA_SSM_INLINE void scan_states(const ScanParams& p, const Block& block, const StateRows& B_rows, const StateRows& C_rows,
-                                  std::int64_t n, int steps, const float* __restrict delta, const float* __restrict u,
-                                  float* __restrict state, float* __restrict y) {
+MAMBA_SSM_INLINE void scan_unrolled(const ForwardRows& rows, std::int64_t n, int steps) {
+  const float* __restrict delta = rows.delta;
+  const float* __restrict u = rows.u;
+  float* __restrict y = rows.y;
   decltype(Method::prepare(vfloat{})) k[Unroll];
   StateColumn<ConstantB> B[Unroll];
   StateColumn<ConstantC> C[Unroll];
   vfloat h[Unroll];
   for (int j = 0; j < Unroll; ++j) {
-    k[j] = Method::prepare(load_channels(p.A, p.states, block, n + j));
-    B[j] = column<ConstantB>(p.B, B_rows, block, n + j);
-    C[j] = column<ConstantC>(p.C, C_rows, block, n + j);
-    h[j] = load(state + (n + j) * kLanes);
+    k[j] = Method::prepare(load(rows.A + (n + j) * kLanes));
+    B[j] = StateColumn<ConstantB>(rows.B, n + j);
+    C[j] = StateColumn<ConstantC>(rows.C, n + j);
+    h[j] = load(rows.state + (n + j) * kLanes);
   }
   for (int t = 0; t < steps; ++t) {
     const vfloat delta_t = load(delta + t * kLanes);
@@ -199,32 +229,40 @@ MAMBA_SSM_INLINE void scan_states(const ScanParams& p, const Block& block, const
     }
     store(y + t * kLanes, sum);
   }
-  for (int j = 0; j < Unroll; ++j) store(state + (n + j) * kLanes, h[j]);
+  for (int j = 0; j < Unroll; ++j) store(rows.state + (n + j) * kLanes, h[j]);
 }
 
 template <class Method, bool ConstantB, bool ConstantC>
-void forward_block(const ScanParams& p, const Block& block, std::int64_t group, ScanScratch scratch) {
+void scan_states(const ForwardRows& rows, std::int64_t states, int steps) {
   constexpr int kUnroll = kLanes == 16 ? 4 : 2;
+  std::int64_t n = 0;
+  for (; n + kUnroll <= states; n += kUnroll) scan_unrolled<Method, kUnroll, ConstantB, ConstantC>(rows, n, steps);
+  for (; n < states; ++n) scan_unrolled<Method, 1, ConstantB, ConstantC>(rows, n, steps);
+}
+using ScanStates = void (*)(const ForwardRows&, std::int64_t, int);
+
+MAMBA_SSM_ONCE void forward_block(const ScanParams& p, ScanStates scan, const Block& block, std::int64_t group,
+                                  const ScanScratch& scratch) {
   const vfloat bias = load_parameter(p.delta_bias, block);
   const vfloat skip = load_parameter(p.D, block);
-  float* delta = scratch.rows(0);
-  float* u = scratch.rows(1);
-  float* y = scratch.rows(2);
-  float* other = scratch.rows(3);  // addend, then z
-  float* state = scratch.state;
+  float* delta = scratch.step_rows(0);
+  float* u = scratch.step_rows(1);
+  float* y = scratch.step_rows(2);
+  float* other = scratch.step_rows(3);  // addend, then z
+  float* A = scratch.state_rows(0);
+  float* state = scratch.state_rows(1);
 
-  const std::int64_t state_offset = block.batch * p.channels * p.states;
-  for (std::int64_t n = 0; n < p.states; ++n) {
-    store(state + n * kLanes,
-          p.initial_state == nullptr ? vfloat{} : load_channels(p.initial_state + state_offset, p.states, block, n));
-  }
+  const std::int64_t batch_offset = block.batch * p.channels * p.states;
+  load_states(p.A, p.states, block, A);
+  load_states(p.initial_state == nullptr ? nullptr : p.initial_state + batch_offset, p.states, block, state);
+  if (p.B.constant) load_constant_matrix(p.B, p.states, block, scratch.B);
+  if (p.C.constant) load_constant_matrix(p.C, p.states, block, scratch.C);
+
   for (std::int64_t first = 0; first < p.length; first += p.chunk) {
-    const Chunk chunk{first, static_cast<int>(p.chunk < p.length - first ? p.chunk : p.length - first), p.length, p.reverse};
+    const Chunk chunk = chunk_at(p, first);
     if (p.checkpoints != nullptr) {
-      const std::int64_t chunks = (p.length + p.chunk - 1) / p.chunk;
-      const std::int64_t base = (block.batch * chunks + first / p.chunk) * p.states * p.channels + block.channel;
       for (std::int64_t n = 0; n < p.states; ++n) {
-        store_elements(p.checkpoints, base + n * p.channels, Dtype::f32, block.count, load(state + n * kLanes));
+        store_elements(checkpoint(p, block, first / p.chunk, n), 0, Dtype::f32, block.count, load(state + n * kLanes));
       }
     }
     load_rows(p.delta, block, chunk, delta);
@@ -235,16 +273,9 @@ void forward_block(const ScanParams& p, const Block& block, std::int64_t group, 
       const vfloat start = skip * load(u + t * kLanes);
       store(y + t * kLanes, p.addend.data == nullptr ? start : start + load(other + t * kLanes));
     }
-    StateRows B_rows{}, C_rows{};
-    if constexpr (!ConstantB) B_rows = stage_state_rows(p.B, block.batch, group, chunk, p.states, scratch.B);
-    if constexpr (!ConstantC) C_rows = stage_state_rows(p.C, block.batch, group, chunk, p.states, scratch.C);
-    std::int64_t n = 0;
-    for (; n + kUnroll <= p.states; n += kUnroll) {
-      scan_states<Method, kUnroll, ConstantB, ConstantC>(p, block, B_rows, C_rows, n, chunk.steps, delta, u, state, y);
-    }
-    for (; n < p.states; ++n) {
-      scan_states<Method, 1, ConstantB, ConstantC>(p, block, B_rows, C_rows, n, chunk.steps, delta, u, state, y);
-    }
+    scan({delta, u, y, A, state, matrix_rows(p.B, p, block, group, chunk, scratch.B),
+          matrix_rows(p.C, p, block, group, chunk, scratch.C)},
+         p.states, chunk.steps);
     if (p.z.data != nullptr) load_rows(p.z, block, chunk, other);
     for (int t = 0; t < chunk.steps; ++t) {
       const vfloat gate = p.z.data == nullptr ? splat(p.scale) : silu(load(other + t * kLanes)) * p.scale;
@@ -252,15 +283,13 @@ void forward_block(const ScanParams& p, const Block& block, std::int64_t group, 
     }
     store_rows(p.out, block, chunk, y);
   }
-  for (std::int64_t n = 0; n < p.states; ++n) {
-    store_channels(p.last_state + state_offset, p.states, block, n, load(state + n * kLanes));
-  }
+  store_states(p.last_state + batch_offset, p.states, block, state);
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------
 
 // Sum over lanes of a chunk's worth of vectors, one per step, added to `sums` at their positions in time.
-MAMBA_SSM_INLINE void add_lane_sums(const float* __restrict vectors, const Chunk& chunk, float* __restrict sums) {
+MAMBA_SSM_ONCE void add_lane_sums(const float* __restrict vectors, const Chunk& chunk, float* __restrict sums) {
   int t = 0;
   for (; t + kLanes <= chunk.steps; t += kLanes) {
     vfloat tile[kLanes];
@@ -282,149 +311,170 @@ MAMBA_SSM_INLINE vfloat sum_steps(const float* vectors, int steps) {
   return sum;
 }
 
+struct BackwardRows {
+  const float* __restrict delta;
+  const float* __restrict u;
+  const float* __restrict dy;
+  float* __restrict y;       // null where no gate needs it
+  float* __restrict du;      // summed over the states
+  float* __restrict ddelta;  // summed over the states
+  float* __restrict dB;      // of one state
+  float* __restrict dC;
+  float* __restrict h;  // the state before each step, and the discretization at it
+  float* __restrict a_bar;
+  float* __restrict slope;
+  float* __restrict c;
+  float* __restrict c_delta;
+  float* __restrict c_A;
+  const float* A;
+  float* adjoint;  // Ā_{t+1} g_{t+1}
+  float* dA;
+  StateRows B, C;
+};
+
+// One state over a chunk: its states again from `h` before the chunk, then the adjoint from the last step to the first.
 template <class Method, bool ConstantB, bool ConstantC>
-void backward_block(const ScanParams& p, const ScanGradients& g, const Block& block, std::int64_t group, std::int64_t split,
-                    ScanScratch scratch) {
+void adjoint_states(const BackwardRows& rows, std::int64_t n, vfloat h, int steps) {
+  const float* __restrict delta = rows.delta;
+  const float* __restrict u = rows.u;
+  const float* __restrict dy = rows.dy;
+  const vfloat A = load(rows.A + n * kLanes);
+  const auto k = Method::prepare(A);
+  const StateColumn<ConstantB> B(rows.B, n);
+  const StateColumn<ConstantC> C(rows.C, n);
+
+  for (int t = 0; t < steps; ++t) {
+    const std::int64_t i = t * kLanes;
+    const auto step = Method::gradient(load(delta + i), k);
+    store(rows.h + i, h);
+    store(rows.a_bar + i, step.a_bar);
+    if constexpr (!Method::kInputIsDelta) {
+      store(rows.slope + i, step.slope);
+      store(rows.c + i, step.c);
+      store(rows.c_delta + i, step.c_delta);
+      store(rows.c_A + i, step.c_A);
+    }
+    h = step.a_bar * h + (step.c * load(u + i)) * B[t];
+    store(rows.dC + i, load(dy + i) * h);
+    if (rows.y != nullptr) store(rows.y + i, load(rows.y + i) + C[t] * h);
+  }
+
+  vfloat carried = load(rows.adjoint + n * kLanes);
+  vfloat dA{};
+  for (int t = steps - 1; t >= 0; --t) {
+    const std::int64_t i = t * kLanes;
+    const vfloat delta_t = load(delta + i);
+    const vfloat u_t = load(u + i);
+    const vfloat a_bar = load(rows.a_bar + i);
+    const vfloat g = C[t] * load(dy + i) + carried;
+    const vfloat gB = g * B[t];
+    carried = g * a_bar;
+    if constexpr (Method::kInputIsDelta) {
+      const vfloat through_state = carried * load(rows.h + i);
+      store(rows.dB + i, g * (delta_t * u_t));
+      store(rows.du + i, load(rows.du + i) + gB * delta_t);
+      store(rows.ddelta + i, load(rows.ddelta + i) + (through_state * A + gB * u_t));
+      dA += through_state * delta_t;
+    } else {
+      const vfloat through_state = g * load(rows.h + i) * load(rows.slope + i);
+      const vfloat gBu = gB * u_t;
+      const vfloat c = load(rows.c + i);
+      store(rows.dB + i, g * (c * u_t));
+      store(rows.du + i, load(rows.du + i) + gB * c);
+      store(rows.ddelta + i, load(rows.ddelta + i) + (through_state * A + gBu * load(rows.c_delta + i)));
+      dA += through_state * delta_t + gBu * load(rows.c_A + i);
+    }
+  }
+  store(rows.adjoint + n * kLanes, carried);
+  store(rows.dA + n * kLanes, load(rows.dA + n * kLanes) + dA);
+}
+using AdjointStates = void (*)(const BackwardRows&, std::int64_t, vfloat, int);
+
+MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, AdjointStates adjoint, const Block& block,
+                                   std::int64_t group, std::int64_t split, const ScanScratch& scratch) {
   const vfloat bias = load_parameter(p.delta_bias, block);
   const vfloat skip = load_parameter(p.D, block);
-  float* delta = scratch.rows(0);
-  float* u = scratch.rows(1);
-  float* y = scratch.rows(2);
-  float* other = scratch.rows(3);  // addend, then z
-  float* dy = scratch.rows(4);
-  float* dinput = scratch.rows(5);  // dL/du through the scan
-  float* ddelta = scratch.rows(6);
-  float* h = scratch.rows(7);        // the state before each step
-  float* a_bar = scratch.rows(8);
-  float* dB = scratch.rows(9);
-  float* dC = scratch.rows(10);
-  float* slope = scratch.rows(11);
-  float* c = scratch.rows(12);
-  float* c_delta = scratch.rows(13);
-  float* c_A = scratch.rows(14);
-  float* adjoint = scratch.state;    // Ā_{t+1} g_{t+1} for each state
+  const bool gated = p.z.data != nullptr;
+  float* z = scratch.step_rows(14);
+  float* raw = scratch.step_rows(15);  // dout, or delta before bias and softplus
+  float *delta = scratch.step_rows(0), *u = scratch.step_rows(1), *dy = scratch.step_rows(2), *y = scratch.step_rows(3),
+        *du = scratch.step_rows(4), *ddelta = scratch.step_rows(5), *dB = scratch.step_rows(6), *dC = scratch.step_rows(7);
+  float *A = scratch.state_rows(0), *carried = scratch.state_rows(1), *dA = scratch.state_rows(2),
+        *dB_constant = scratch.state_rows(3), *dC_constant = scratch.state_rows(4);
+  BackwardRows rows{delta, u, dy, gated ? y : nullptr, du, ddelta, dB, dC, scratch.step_rows(8), scratch.step_rows(9),
+                    scratch.step_rows(10), scratch.step_rows(11), scratch.step_rows(12), scratch.step_rows(13), A, carried,
+                    dA, {}, {}};
 
-  const std::int64_t state_offset = block.batch * p.channels * p.states;
-  float* dA = g.dA + state_offset;
-  for (std::int64_t n = 0; n < p.states; ++n) {
-    store(adjoint + n * kLanes,
-          g.dlast_state == nullptr ? vfloat{} : load_channels(g.dlast_state + state_offset, p.states, block, n));
-    store_channels(dA, p.states, block, n, vfloat{});
-    if constexpr (ConstantB) store_channels(g.dB + state_offset, p.states, block, n, vfloat{});
-    if constexpr (ConstantC) store_channels(g.dC + state_offset, p.states, block, n, vfloat{});
-  }
+  const std::int64_t batch_offset = block.batch * p.channels * p.states;
+  load_states(p.A, p.states, block, A);
+  load_states(g.dlast_state == nullptr ? nullptr : g.dlast_state + batch_offset, p.states, block, carried);
+  load_states(nullptr, p.states, block, dA);
+  load_states(nullptr, p.states, block, dB_constant);
+  load_states(nullptr, p.states, block, dC_constant);
+  if (p.B.constant) load_constant_matrix(p.B, p.states, block, scratch.B);
+  if (p.C.constant) load_constant_matrix(p.C, p.states, block, scratch.C);
+
   vfloat dD{}, dbias{};
-  const std::int64_t chunks = (p.length + p.chunk - 1) / p.chunk;
-  for (std::int64_t index = chunks - 1; index >= 0; --index) {
-    const std::int64_t first = index * p.chunk;
-    const Chunk chunk{first, static_cast<int>(p.chunk < p.length - first ? p.chunk : p.length - first), p.length, p.reverse};
-    const int steps = chunk.steps;
-    load_rows(p.delta, block, chunk, delta);
-    apply_delta_rule(p, bias, steps, delta);
+  for (std::int64_t index = chunk_count(p) - 1; index >= 0; --index) {
+    const Chunk chunk = chunk_at(p, index * p.chunk);
+    load_rows(p.delta, block, chunk, raw);
+    for (int t = 0; t < chunk.steps; ++t) store(delta + t * kLanes, load(raw + t * kLanes));
+    apply_delta_rule(p, bias, chunk.steps, delta);
     load_rows(p.u, block, chunk, u);
     load_rows(g.dout, block, chunk, dy);
-    if (p.z.data != nullptr) {
-      if (p.addend.data != nullptr) load_rows(p.addend, block, chunk, y);
-      load_rows(p.z, block, chunk, other);
-    }
-    for (int t = 0; t < steps; ++t) {
+    if (gated) load_rows(p.z, block, chunk, z);
+    if (gated && p.addend.data != nullptr) load_rows(p.addend, block, chunk, y);
+    for (int t = 0; t < chunk.steps; ++t) {
       const std::int64_t i = t * kLanes;
       vfloat gradient = load(dy + i) * p.scale;
-      if (p.z.data != nullptr) {
-        gradient *= silu(load(other + i));
+      if (gated) {
+        const vfloat z_t = load(z + i), s = sigmoid(z_t);
+        store(z + i, gradient * silu_slope(z_t, s));  // dL/dz, but for the factor y
+        gradient *= z_t * s;
         const vfloat start = skip * load(u + i);
         store(y + i, p.addend.data == nullptr ? start : start + load(y + i));
       }
       store(dy + i, gradient);
       dD += gradient * load(u + i);
-      store(dinput + i, gradient * skip);
+      store(du + i, gradient * skip);
       store(ddelta + i, vfloat{});
     }
-    StateRows B_rows{}, C_rows{};
-    if constexpr (!ConstantB) B_rows = stage_state_rows(p.B, block.batch, group, chunk, p.states, scratch.B);
-    if constexpr (!ConstantC) C_rows = stage_state_rows(p.C, block.batch, group, chunk, p.states, scratch.C);
 
+    rows.B = matrix_rows(p.B, p, block, group, chunk, scratch.B);
+    rows.C = matrix_rows(p.C, p, block, group, chunk, scratch.C);
+    const std::int64_t sums = ((block.batch * p.groups + group) * g.splits + split) * p.states * p.length;
     for (std::int64_t n = 0; n < p.states; ++n) {
-      const vfloat A = load_channels(p.A, p.states, block, n);
-      const auto k = Method::prepare(A);
-      const auto B = column<ConstantB>(p.B, B_rows, block, n);
-      const auto C = column<ConstantC>(p.C, C_rows, block, n);
-
-      vfloat state = load_elements(p.checkpoints, ((block.batch * chunks + index) * p.states + n) * p.channels + block.channel,
-                                   Dtype::f32, block.count);
-      for (int t = 0; t < steps; ++t) {
-        const std::int64_t i = t * kLanes;
-        const auto step = Method::gradient(load(delta + i), k);
-        store(h + i, state);
-        store(a_bar + i, step.a_bar);
-        store(slope + i, step.slope);
-        store(c + i, step.c);
-        store(c_delta + i, step.c_delta);
-        store(c_A + i, step.c_A);
-        state = step.a_bar * state + (step.c * load(u + i)) * B[t];
-        const vfloat dy_t = load(dy + i);
-        store(dC + i, dy_t * state);
-        if (p.z.data != nullptr) store(y + i, load(y + i) + C[t] * state);
-      }
-      vfloat carried = load(adjoint + n * kLanes);
-      vfloat dA_n{};
-      for (int t = steps - 1; t >= 0; --t) {
-        const std::int64_t i = t * kLanes;
-        const vfloat delta_t = load(delta + i);
-        const vfloat u_t = load(u + i);
-        const vfloat gradient = C[t] * load(dy + i) + carried;  // dL/dh_t
-        const vfloat through_state = gradient * load(h + i) * load(slope + i);
-        const vfloat gB = gradient * B[t];
-        const vfloat gBu = gB * u_t;
-        const vfloat gain = load(c + i);
-        store(dB + i, gradient * (gain * u_t));
-        store(dinput + i, load(dinput + i) + gB * gain);
-        store(ddelta + i, load(ddelta + i) + (through_state * A + gBu * load(c_delta + i)));
-        dA_n += through_state * delta_t + gBu * load(c_A + i);
-        carried = gradient * load(a_bar + i);
-      }
-      store(adjoint + n * kLanes, carried);
-      store_channels(dA, p.states, block, n, load_channels(dA, p.states, block, n) + dA_n);
-      const std::int64_t sums = (((block.batch * p.groups + group) * g.splits + split) * p.states + n) * p.length;
-      if constexpr (ConstantB) {
-        float* target = g.dB + state_offset;
-        store_channels(target, p.states, block, n, load_channels(target, p.states, block, n) + sum_steps(dB, steps));
+      adjoint(rows, n, load_elements(checkpoint(p, block, index, n), 0, Dtype::f32, block.count), chunk.steps);
+      float* constant = dB_constant + n * kLanes;
+      if (p.B.constant) {
+        store(constant, load(constant) + sum_steps(dB, chunk.steps));
       } else {
-        add_lane_sums(dB, chunk, g.dB + sums);
+        add_lane_sums(dB, chunk, g.dB + sums + n * p.length);
       }
-      if constexpr (ConstantC) {
-        float* target = g.dC + state_offset;
-        store_channels(target, p.states, block, n, load_channels(target, p.states, block, n) + sum_steps(dC, steps));
+      constant = dC_constant + n * kLanes;
+      if (p.C.constant) {
+        store(constant, load(constant) + sum_steps(dC, chunk.steps));
       } else {
-        add_lane_sums(dC, chunk, g.dC + sums);
+        add_lane_sums(dC, chunk, g.dC + sums + n * p.length);
       }
     }
 
-    if (p.z.data != nullptr) {
-      // `h` and `a_bar` are free again: the rows of dout and of dz.
-      load_rows(g.dout, block, chunk, h);
-      for (int t = 0; t < steps; ++t) {
-        const std::int64_t i = t * kLanes;
-        const vfloat z = load(other + i);
-        store(a_bar + i, load(h + i) * p.scale * load(y + i) * silu_slope(z, sigmoid(z)));
-      }
-      store_rows(g.dz, block, chunk, a_bar);
+    for (int t = 0; t < chunk.steps; ++t) {
+      const std::int64_t i = t * kLanes;
+      if (gated) store(z + i, load(z + i) * load(y + i));
+      const vfloat gradient = p.delta_softplus ? load(ddelta + i) * sigmoid(load(raw + i) + bias) : load(ddelta + i);
+      dbias += gradient;
+      store(ddelta + i, gradient);
     }
-    if (g.daddend.data != nullptr) store_rows(g.daddend, block, chunk, dy);
-    store_rows(g.du, block, chunk, dinput);
-    if (p.delta_softplus) {
-      load_rows(p.delta, block, chunk, h);
-      for (int t = 0; t < steps; ++t) {
-        const std::int64_t i = t * kLanes;
-        store(ddelta + i, load(ddelta + i) * sigmoid(load(h + i) + bias));
-      }
-    }
-    dbias += sum_steps(ddelta, steps);
+    if (gated) store_rows(g.dz, block, chunk, z);
+    if (p.addend.data != nullptr) store_rows(g.daddend, block, chunk, dy);
+    store_rows(g.du, block, chunk, du);
     store_rows(g.ddelta, block, chunk, ddelta);
   }
-  for (std::int64_t n = 0; n < p.states; ++n) {
-    store_channels(g.dinitial_state + state_offset, p.states, block, n, load(adjoint + n * kLanes));
-  }
+  store_states(g.dinitial_state + batch_offset, p.states, block, carried);
+  store_states(g.dA + batch_offset, p.states, block, dA);
+  if (p.B.constant) store_states(g.dB + batch_offset, p.states, block, dB_constant);
+  if (p.C.constant) store_states(g.dC + batch_offset, p.states, block, dC_constant);
   const std::int64_t channel = block.batch * p.channels + block.channel;
   if (g.dD != nullptr) store_elements(g.dD, channel, Dtype::f32, block.count, dD);
   if (g.ddelta_bias != nullptr) store_elements(g.ddelta_bias, channel, Dtype::f32, block.count, dbias);
@@ -432,7 +482,25 @@ void backward_block(const ScanParams& p, const ScanGradients& g, const Block& bl
 
 // ---- tasks -----------------------------------------------------------------------------------------------------
 
-// Task number -> batch element, group and the range of channels: (batch, group, split) in row-major order.
+// The loops of one method, for B and C varying (0) or constant (1): [B][C].
+struct MethodLoops {
+  const char* name;
+  ScanStates scan[2][2];
+  AdjointStates adjoint[2][2];
+};
+template <class Method>
+constexpr MethodLoops method_loops() {
+  return {Method::name,
+          {{scan_states<Method, false, false>, scan_states<Method, false, true>},
+           {scan_states<Method, true, false>, scan_states<Method, true, true>}},
+          {{adjoint_states<Method, false, false>, adjoint_states<Method, false, true>},
+           {adjoint_states<Method, true, false>, adjoint_states<Method, true, true>}}};
+}
+#define MAMBA_SSM_ENTRY(Method) method_loops<Method>(),
+constexpr MethodLoops kMethods[] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_ENTRY)};
+#undef MAMBA_SSM_ENTRY
+
+// A task is one batch element, one group and one of `splits` runs of its blocks, in row-major order.
 template <class Function>
 MAMBA_SSM_INLINE void for_each_block(const ScanParams& p, std::int64_t task, std::int64_t splits, Function function) {
   const std::int64_t split = task % splits, group = task / splits % p.groups, batch = task / splits / p.groups;
@@ -445,45 +513,18 @@ MAMBA_SSM_INLINE void for_each_block(const ScanParams& p, std::int64_t task, std
   }
 }
 
-template <class Method, bool ConstantB, bool ConstantC>
-struct ForwardFunction {
-  const ScanParams& p;
-  ScanScratch scratch;
-  MAMBA_SSM_INLINE void operator()(const Block& block, std::int64_t group, std::int64_t) const {
-    forward_block<Method, ConstantB, ConstantC>(p, block, group, scratch);
-  }
-};
-template <class Method, bool ConstantB, bool ConstantC>
-struct BackwardFunction {
-  const ScanParams& p;
-  const ScanGradients& g;
-  ScanScratch scratch;
-  MAMBA_SSM_INLINE void operator()(const Block& block, std::int64_t group, std::int64_t split) const {
-    backward_block<Method, ConstantB, ConstantC>(p, g, block, group, split, scratch);
-  }
-};
-
-template <class Method, bool ConstantB, bool ConstantC>
-void forward_task(const ScanParams& p, std::int64_t task, std::int64_t splits, const ScanScratch& scratch) {
-  for_each_block(p, task, splits, ForwardFunction<Method, ConstantB, ConstantC>{p, scratch});
+inline void forward_task(const ScanParams& p, std::int64_t task, std::int64_t splits, const ScanScratch& scratch) {
+  const ScanStates scan = kMethods[p.method].scan[p.B.constant][p.C.constant];
+  for_each_block(p, task, splits, [&](const Block& block, std::int64_t group, std::int64_t) {
+    forward_block(p, scan, block, group, scratch);
+  });
 }
-template <class Method, bool ConstantB, bool ConstantC>
-void backward_task(const ScanParams& p, const ScanGradients& g, std::int64_t task, const ScanScratch& scratch) {
-  for_each_block(p, task, g.splits, BackwardFunction<Method, ConstantB, ConstantC>{p, g, scratch});
+inline void backward_task(const ScanParams& p, const ScanGradients& g, std::int64_t task, const ScanScratch& scratch) {
+  const AdjointStates adjoint = kMethods[p.method].adjoint[p.B.constant][p.C.constant];
+  for_each_block(p, task, g.splits, [&](const Block& block, std::int64_t group, std::int64_t split) {
+    backward_block(p, g, adjoint, block, group, split, scratch);
+  });
 }
-
-template <class Method>
-constexpr ScanMethodKernels method_kernels() {
-  return {Method::name,
-          {{forward_task<Method, false, false>, forward_task<Method, false, true>},
-           {forward_task<Method, true, false>, forward_task<Method, true, true>}},
-          {{backward_task<Method, false, false>, backward_task<Method, false, true>},
-           {backward_task<Method, true, false>, backward_task<Method, true, true>}}};
-}
-
-#define MAMBA_SSM_ENTRY(Method) method_kernels<Method>(),
-constexpr ScanMethodKernels kMethods[] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_ENTRY)};
-#undef MAMBA_SSM_ENTRY
 
 }  // namespace MAMBA_SSM_ISA
 }  // namespace mamba_ssm

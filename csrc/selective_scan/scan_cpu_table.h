@@ -1,4 +1,4 @@
-// What scan_cpu.cpp calls: for each instruction set a table of the methods' kernels.
+// What scan_cpu.cpp calls: for each instruction set, its number of lanes and its two tasks.
 #pragma once
 
 #include <cstdint>
@@ -7,37 +7,25 @@
 
 namespace mamba_ssm {
 
-// Working memory of one task: `row_count` chunks of fp32 rows, one state, and staged B and C.
+// Working memory of one task, in rows of lanes: a row per step of a chunk, or a row per state.
 struct ScanScratch {
   float* data;
-  std::int64_t row_size;  // chunk * lanes
-  float* state;           // states * lanes
-  float* B;               // chunk * states
+  std::int64_t steps_size;   // chunk * lanes
+  float* states;
+  std::int64_t states_size;  // states * lanes
+  float* B;                  // staged B: chunk * states, or states * lanes where it is constant
   float* C;
-  float* rows(int i) const { return data + i * row_size; }
+  float* step_rows(int i) const { return data + i * steps_size; }
+  float* state_rows(int i) const { return states + i * states_size; }
 };
-constexpr int kForwardRows = 4;
-constexpr int kBackwardRows = 15;
-
-using ForwardTask = void (*)(const ScanParams&, std::int64_t task, std::int64_t splits, const ScanScratch&);
-using BackwardTask = void (*)(const ScanParams&, const ScanGradients&, std::int64_t task, const ScanScratch&);
-
-struct ScanMethodKernels {
-  const char* name;
-  ForwardTask forward[2][2];  // [B constant][C constant]
-  BackwardTask backward[2][2];
-};
+constexpr int kForwardStepRows = 4, kForwardStateRows = 2;
+constexpr int kBackwardStepRows = 16, kBackwardStateRows = 5;
 
 struct ScanKernels {
   int lanes;
-  int count;
-  const ScanMethodKernels* methods;
+  void (*forward)(const ScanParams&, std::int64_t task, std::int64_t splits, const ScanScratch&);
+  void (*backward)(const ScanParams&, const ScanGradients&, std::int64_t task, const ScanScratch&);
 };
-
-template <int Count>
-constexpr ScanKernels scan_kernels(int lanes, const ScanMethodKernels (&methods)[Count]) {
-  return {lanes, Count, methods};
-}
 
 extern const ScanKernels scan_kernels_avx512, scan_kernels_avx2, scan_kernels_generic;
 

@@ -1,0 +1,251 @@
+"""The selective scan as operators: `selective_scan_fn` and `bidirectional_scan_fn`, on kernels or on the reference.
+
+The kernels are two functional operators that the dispatcher finds by device, `mamba_ssm::selective_scan_fwd` and its
+backward `mamba_ssm::selective_scan_bwd`. Both directions of time, the gate, the skip D and the sum of two directions
+are part of them, so that a bidirectional block is two calls without a flip or a copy:
+
+    out = scale · (scan(u, …) + D u + addend) · silu(z)
+"""
+
+import torch
+from torch import Tensor
+
+from mamba_ssm._backend import use_kernel
+from mamba_ssm.ops.selective_scan_ref import (
+    ScanArgs,
+    bidirectional_scan_ref,
+    check_bidirectional_arguments,
+    check_scan_arguments,
+    selective_scan_ref,
+)
+
+_OPTIONS = "float scale, bool delta_softplus, bool reverse, str discretization_method"
+# out, last state (batch, channels, states), and the states before each chunk of steps, which only the backward reads
+torch.library.define(
+    "mamba_ssm::selective_scan_fwd",
+    "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    f"Tensor? initial_state, Tensor? addend, {_OPTIONS}, bool float_out, bool save_checkpoints) "
+    "-> (Tensor out, Tensor last_state, Tensor checkpoints)",
+)
+# dB and dC in float32, (batch, groups, states, length) or constant; the gradients of absent tensors are empty
+torch.library.define(
+    "mamba_ssm::selective_scan_bwd",
+    "(Tensor dout, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    f"Tensor? delta_bias, Tensor? addend, Tensor checkpoints, {_OPTIONS}) "
+    "-> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, "
+    "Tensor dinitial_state, Tensor daddend)",
+)
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    discretization_method: str = "zoh",
+    initial_state: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    use_cuda_kernel: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan (Mamba, arXiv 2312.00752, Alg. 2) under any discretization of `METHODS`.
+
+        Δ = softplus(delta + delta_bias)     h_t = Ā(Δ_t, A) h_{t-1} + c(Δ_t, A) B_t u_t     out = (C·h + D u) silu(z)
+
+    u, delta, z: (batch, channels, length), float32, float16 or bfloat16, any strides; memory with the channels
+    innermost, as a transposed view of (batch, length, channels), is the fast path. delta may also be float32.
+    A: (channels, N) float32, N from 1 to 256. D, delta_bias: (channels,) float32.
+    B, C: (channels, N) constant, (batch, N, length), or (batch, groups, N, length).
+    initial_state: (batch, channels, N) float32, the state before the first step; zero by default.
+    reverse: scan from the last position to the first. out[..., t] stays at t.
+    use_cuda_kernel: see `mamba_ssm._backend.use_kernel`.
+
+    Returns out, (batch, channels, length) in u's dtype, laid out in memory as u is; with return_last_state also the
+    state after the last step, (batch, channels, N) float32. Everything is differentiable, the last state included.
+    Δ, A, D and the state are computed in float32 whatever the dtype of u; float64 inputs run on the reference.
+    Raises ValueError for a wrong argument (named, with what is allowed), RuntimeError where a CUDA kernel is asked for
+    and missing.
+    """
+    check_scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, discretization_method)
+    if not use_kernel(u, use_cuda_kernel) or _any_float64(A, B, C, D, delta_bias, initial_state):
+        return selective_scan_ref(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, discretization_method,
+            initial_state, reverse=reverse,
+        )  # fmt: skip
+    _check_diagonal(A)
+    args = ScanArgs(u, delta, A, B, C, D, delta_bias)
+    out, last_state = _scan(args, z, initial_state, None, 1.0, delta_softplus, reverse, discretization_method)
+    return (out, last_state) if return_last_state else out
+
+
+def bidirectional_scan_fn(
+    forward: ScanArgs,
+    backward: ScanArgs,
+    z: Tensor | None = None,
+    *,
+    delta_softplus: bool = True,
+    scale: float = 1.0,
+    discretization_method: str = "zoh",
+    use_cuda_kernel: bool | None = None,
+) -> Tensor:
+    """scale · (scan(forward) + reverse scan(backward)) · silu(z): Vision Mamba's two directions under one gate.
+
+    The arguments of each direction are those of `selective_scan_fn`; nothing is flipped, position t of every tensor is
+    position t of the sequence. The sum is carried in float32. Returns (batch, channels, length) in the dtype of
+    forward.u. Raises as `selective_scan_fn` does.
+    """
+    check_bidirectional_arguments(forward, backward, z, discretization_method)
+    parameters = [t for args in (forward, backward) for t in (args.A, args.B, args.C, args.D, args.delta_bias)]
+    if not use_kernel(forward.u, use_cuda_kernel) or _any_float64(*parameters):
+        return bidirectional_scan_ref(
+            forward, backward, z, delta_softplus=delta_softplus, scale=scale, discretization_method=discretization_method
+        )
+    _check_diagonal(forward.A)
+    _check_diagonal(backward.A)
+    y, _ = _scan(forward, None, None, None, 1.0, delta_softplus, False, discretization_method, float_out=True)
+    out, _ = _scan(backward, z, None, y, scale, delta_softplus, True, discretization_method)
+    return out
+
+
+def _any_float64(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.dtype == torch.float64 for t in tensors)
+
+
+def _check_diagonal(A: Tensor) -> None:
+    if A.dim() != 2:
+        raise ValueError(
+            f"A: got shape {tuple(A.shape)}; expected (channels, N), as the kernels take diagonal A only; call "
+            "selective_scan_ref for full matrices"
+        )
+
+
+def _scan(
+    args: ScanArgs,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    addend: Tensor | None,
+    scale: float,
+    delta_softplus: bool,
+    reverse: bool,
+    discretization_method: str,
+    float_out: bool = False,
+) -> tuple[Tensor, Tensor]:
+    u, delta, A, B, C, D, delta_bias = args
+    if B.dim() > 2 and C.dim() > 2:
+        groups = max(t.shape[1] if t.dim() == 4 else 1 for t in (B, C))
+        B, C = _with_groups(B, groups), _with_groups(C, groups)
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, addend)
+    save_checkpoints = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    out, last_state, _ = torch.ops.mamba_ssm.selective_scan_fwd(
+        *inputs, scale, delta_softplus, reverse, discretization_method, float_out, save_checkpoints
+    )
+    return out, last_state
+
+
+def _with_groups(B: Tensor, groups: int) -> Tensor:
+    """B (batch, N, length) or (batch, g, N, length) with as many groups as its partner has."""
+    own = B.shape[1] if B.dim() == 4 else 1
+    if own == groups:
+        return B
+    if own == 1:
+        return (B if B.dim() == 4 else B[:, None]).expand(-1, groups, -1, -1)
+    if groups % own:
+        raise ValueError(f"B and C: got {own} and {groups} groups; expected one number of groups to divide the other")
+    return B.repeat_interleave(groups // own, dim=1)
+
+
+# ---- what torch.compile and autograd need to know of the operators -----------------------------------------------
+
+
+def _empty_like_activation(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """(batch, channels, length), with the channels innermost in memory where `like` has them so."""
+    batch, channels, length = like.shape
+    if like.stride(1) == 1 and channels > 1:
+        return like.new_empty(batch, length, channels, dtype=dtype).transpose(1, 2)
+    return like.new_empty(batch, channels, length, dtype=dtype)
+
+
+def _checkpoint_interval(states: int) -> int:
+    return min(max((states + 15) // 16 * 16, 32), 256)
+
+
+@torch.library.register_fake("mamba_ssm::selective_scan_fwd")
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, addend, scale, delta_softplus, reverse, method, float_out, save):
+    batch, channels, length = u.shape
+    states = A.shape[1]
+    chunks = -(-length // _checkpoint_interval(states)) if save else 0
+    return (
+        _empty_like_activation(u, torch.float32 if float_out else u.dtype),
+        u.new_empty(batch, channels, states, dtype=torch.float32),
+        u.new_empty(batch, chunks, states, channels, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("mamba_ssm::selective_scan_bwd")
+def _(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, addend, checkpoints, scale, delta_softplus, reverse, method):
+    batch, channels, length = u.shape
+    states = A.shape[1]
+    groups = max(t.shape[1] if t.dim() == 4 else 1 for t in (B, C))
+
+    def floats(*shape: int) -> Tensor:
+        return u.new_empty(shape, dtype=torch.float32)
+
+    def matrix(t: Tensor) -> Tensor:
+        if t.dim() == 2:
+            return floats(channels, states)
+        if t.stride(-2) == 1:
+            return floats(batch, groups, length, states).transpose(2, 3)
+        return floats(batch, groups, states, length)
+
+    return (
+        _empty_like_activation(u, u.dtype),
+        _empty_like_activation(delta, delta.dtype),
+        floats(channels, states),
+        matrix(B),
+        matrix(C),
+        floats(0) if D is None else floats(channels),
+        floats(0) if z is None else _empty_like_activation(z, z.dtype),
+        floats(0) if delta_bias is None else floats(channels),
+        floats(batch, channels, states),
+        floats(0) if addend is None else _empty_like_activation(addend, addend.dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, scale, delta_softplus, reverse, method, _, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.options = (scale, delta_softplus, reverse, method)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlast_state, dcheckpoints):
+    u, delta, A, B, C, D, z, delta_bias, initial_state, addend, checkpoints = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(u)
+    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state, daddend = torch.ops.mamba_ssm.selective_scan_bwd(
+        dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, addend, checkpoints, *ctx.options
+    )
+    dB = (dB.squeeze(1) if B.dim() == 3 else dB).to(B.dtype)
+    dC = (dC.squeeze(1) if C.dim() == 3 else dC).to(C.dtype)
+    return (
+        du,
+        ddelta,
+        dA,
+        dB,
+        dC,
+        None if D is None else dD,
+        None if z is None else dz,
+        None if delta_bias is None else ddelta_bias,
+        None if initial_state is None else dinitial_state,
+        None if addend is None else daddend,
+        *[None] * 6,
+    )
+
+
+torch.library.register_autograd("mamba_ssm::selective_scan_fwd", _backward, setup_context=_setup_context)
