@@ -69,7 +69,8 @@ class PatchEmbed(nn.Module):
         self.stride = to_2tuple(stride)
         self.channels = channels
         self.dynamic_img_size = dynamic_img_size
-        self.proj = nn.Conv2d(channels, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
+        proj = nn.Conv2d(channels, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
+        self.proj = proj.to(memory_format=torch.channels_last)  # gives channel-last tokens without a transpose
         if not dynamic_img_size and self._padding(self.img_size) != (0, 0):
             raise ValueError(
                 f"img_size {self.img_size} is not covered by patches of {self.patch_size} with stride {self.stride}: "
@@ -383,7 +384,7 @@ class VisionMamba(nn.Module):
         if if_random_token_rank:
             order = torch.randperm(x.shape[1])
             x, cls = x[:, order.to(x.device)], tuple(order.argsort()[list(cls)].tolist())
-        flipped = random.random() < self.flip_img_sequences_ratio
+        flipped = self.flip_img_sequences_ratio > 0 and random.random() < self.flip_img_sequences_ratio
         if flipped:
             x, cls = x.flip(1), tuple(x.shape[1] - 1 - i for i in cls)
         rope = self._rope_tables(grid, flipped)
@@ -500,7 +501,7 @@ class VisionMamba(nn.Module):
 
     def _pool(self, x: Tensor, cls: tuple[int, ...]) -> Tensor:
         if cls:
-            return sum(x[:, i] for i in cls) / len(cls)
+            return x[:, list(cls)].mean(dim=1)
         match self.final_pool_type:
             case "none":
                 return x[:, -1]

@@ -166,9 +166,9 @@ class Mamba(nn.Module):
         if cache is None:
             return y
         y, last_state = y
-        conv_state, ssm_state = cache
-        conv_state.copy_(F.pad(x, (self.d_conv - x.shape[-1], 0)))  # the last d_conv inputs, or zeros and all of them
-        ssm_state.copy_(last_state)
+        conv_state, ssm_state = cache  # the last d_conv inputs, zeros before the first
+        conv_state.copy_(F.pad(x.detach(), (self.d_conv - x.shape[-1], 0)))
+        ssm_state.copy_(last_state.detach())
         return y
 
     def _bidirectional_scan(self, x: Tensor, z: Tensor, reverse: bool) -> Tensor:
@@ -268,7 +268,7 @@ class Mamba(nn.Module):
         states = memory[self.layer_idx]
         if states[0].shape[0] != batch_size:
             raise ValueError(
-                f"the inference cache of layer {self.layer_idx} is for batch size {states[0].shape[0]}, not {batch_size}: "
+                f"the cache of layer {self.layer_idx} is for batch size {states[0].shape[0]}, not {batch_size}: "
                 "start new sequences with new inference_params"
             )
         return states
