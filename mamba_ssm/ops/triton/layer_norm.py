@@ -7,6 +7,8 @@ RMSNorm: Zhang & Sennrich, 2019; LayerNorm: Ba, Kiros & Hinton, 2016.
 import torch
 from torch import Tensor, nn
 
+from mamba_ssm._backend import use_kernel
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -119,6 +121,102 @@ def rms_norm_ref(
     return _same_dtype_ref(x, weight, bias, residual, eps, prenorm, upcast, is_rms_norm=True)
 
 
+# ---- the compiled operators; implementations in csrc/layer_norm ----------------------------------------------------
+# x, residual, y and h are (rows, dim). h is empty unless keep_sum, dresidual unless separate_dresidual.
+
+_library = torch.library.Library("mamba_ssm", "FRAGMENT")
+for _schema in (
+    "add_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, float eps, "
+    "bool residual_in_fp32, bool is_rms_norm, bool keep_sum) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    "add_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor? scale, Tensor mean, Tensor rstd, "
+    "bool is_rms_norm, bool has_bias, bool separate_dresidual) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake("mamba_ssm::add_norm_fwd", lib=_library)
+def _(x, weight, bias, residual, scale, eps, residual_in_fp32, is_rms_norm, keep_sum):
+    rows, dim = x.shape
+    stream = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
+    return (
+        x.new_empty(rows, dim),
+        x.new_empty(rows if keep_sum else 0, dim, dtype=stream),
+        x.new_empty(0 if is_rms_norm else rows, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("mamba_ssm::add_norm_bwd", lib=_library)
+def _(dy, dh, h, weight, scale, mean, rstd, is_rms_norm, has_bias, separate_dresidual):
+    rows, dim = dy.shape
+    return (
+        dy.new_empty(rows, dim),
+        h.new_empty(rows if separate_dresidual else 0, dim),
+        dy.new_empty(dim, dtype=torch.float32),
+        dy.new_empty(dim if has_bias else 0, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, residual, scale, _eps, _residual_in_fp32, ctx.is_rms_norm, keep_sum = inputs
+    _y, h, mean, rstd = output
+    ctx.save_for_backward(h if keep_sum else x, weight, bias, scale, mean, rstd)
+    ctx.x_dtype = x.dtype
+    ctx.has_residual = residual is not None
+    ctx.separate_dresidual = residual is not None and (scale is not None or residual.dtype != x.dtype)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dh, _dmean, _drstd):
+    h, weight, bias, scale, mean, rstd = ctx.saved_tensors
+    if dy is None:  # only h was used
+        dy = h.new_zeros(h.shape, dtype=ctx.x_dtype)
+    dx, dresidual, dweight, dbias = torch.ops.mamba_ssm.add_norm_bwd(
+        dy, dh, h, weight, scale, mean, rstd, ctx.is_rms_norm, bias is not None, ctx.separate_dresidual
+    )
+    return (
+        dx,
+        dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        None if not ctx.has_residual else dresidual if ctx.separate_dresidual else dx,
+        *[None] * 5,
+    )
+
+
+torch.library.register_autograd("mamba_ssm::add_norm_fwd", _backward, setup_context=_setup_context, lib=_library)
+
+
+def _add_norm_kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    residual_in_fp32: bool,
+    is_rms_norm: bool,
+    drop_path_scale: Tensor | None,
+    prenorm: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    h_is_x = residual is None and drop_path_scale is None and (x.dtype == torch.float32 or not residual_in_fp32)
+    for_backward = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, residual)
+    )
+    y, h, _mean, _rstd = torch.ops.mamba_ssm.add_norm_fwd(
+        rows,
+        weight,
+        bias,
+        None if residual is None else residual.reshape(rows.shape),
+        drop_path_scale,
+        eps,
+        residual_in_fp32,
+        is_rms_norm,
+        not h_is_x and (prenorm or for_backward),
+    )
+    return y.view(x.shape), x if h_is_x else h.view(x.shape) if prenorm else h
+
+
 def layer_norm_fn(
     x: Tensor,
     weight: Tensor,
@@ -155,7 +253,11 @@ def layer_norm_fn(
     """
     _check_arguments(x, weight, bias, residual, drop_path_scale)
     scale = None if drop_path_scale is None else drop_path_scale.detach()
-    y, h = _add_norm_ref(x, weight, bias, residual, eps, residual_in_fp32, is_rms_norm, scale)
+    float64 = (t for t in (weight, bias, residual) if t is not None and t.dtype == torch.float64)
+    if use_kernel(next(float64, x), use_cuda_kernel):
+        y, h = _add_norm_kernel(x, weight, bias, residual, eps, residual_in_fp32, is_rms_norm, scale, prenorm)
+    else:
+        y, h = _add_norm_ref(x, weight, bias, residual, eps, residual_in_fp32, is_rms_norm, scale)
     return (y, h) if prenorm else y
 
 
