@@ -48,10 +48,12 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
+    except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
+        # torch's zip writer may hide the failed write behind a RuntimeError of its own.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
         kept = "; the previous file is untouched" if path.exists() else ""
-        raise CheckpointError(f"cannot write {path}: {_first_line(error)} ({_free_space(path)}){kept}") from error
+        raise CheckpointError(f"cannot write {path}: {_first_line(cause)} ({_free_space(path)}){kept}") from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -134,8 +134,11 @@ def random_affine(
 def _digits(args: argparse.Namespace, train: bool, channels: int) -> TensorLoader:
     """scikit-learn's 1,797 handwritten digits, 8x8; the same fifth of each class is held out whatever the seed."""
     # Here, because only this data set needs scikit-learn, which takes a second to import.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError("--data-set DIGITS needs scikit-learn: pip install scikit-learn") from error
 
     digits = load_digits()
     split = train_test_split(digits.images / 16.0, digits.target, test_size=0.2, stratify=digits.target, random_state=0)

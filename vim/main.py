@@ -8,6 +8,7 @@ import ast
 import difflib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="IMNET: --data-path holds train/ and val/ with one folder per class; CIFAR is CIFAR100; "
         "DIGITS: scikit-learn's handwritten digits, nothing to download (default: IMNET)")  # fmt: skip
     add("--data-path", help="folder of the data set")
-    add("--num_workers", "--num-workers", type=_count, default=10, help="loader processes, image files only")
+    add("--num_workers", "--num-workers", type=_count, default=min(10, os.cpu_count() or 1), help="image files only")
     add("--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="pinned host memory for GPUs")
 
     group = parser.add_argument_group("training")

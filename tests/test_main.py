@@ -1,0 +1,552 @@
+"""The trainer as it is used: train, evaluate, be killed, go on; and what it says when it cannot."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import vim.checkpoint
+import vim.main
+from mamba_ssm.ops.discretization_ref import METHODS
+from vim.checkpoint import CheckpointError, load_checkpoint
+from vim.data import DataError
+from vim.engine import NonFiniteLossError
+from vim.main import ConfigError, build_parser, create_model, create_optimizer, create_scheduler, main, parse_args
+
+# 2 x 2 patches and the cls token, 28,554 parameters: small enough for the reference scan.
+VIM = ["--model", "vim_tiny", "--model-kwargs", "patch_size=4", "stride=4", "depth=2", "embed_dim=32", "channels=1"]
+# A model that learns nothing in time but costs next to nothing, for the machinery. Its dropped paths need the RNG.
+TOY = ["--model", "vit_tiny_patch16_224", "--drop-path", "0.2",
+       "--model-kwargs", "patch_size=4", "depth=2", "embed_dim=16", "num_heads=1", "in_chans=1"]  # fmt: skip
+DIGITS = ["--data-set", "DIGITS", "--device", "cpu"]
+BRIEF = ["--batch-size", "128", "--warmup-epochs", "1", "--lr", "2e-3", "--unscale-lr"]
+
+RECORD = {
+    "epoch", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "n_parameters", "epoch_time_s",
+    "images_per_s", "peak_memory_mb", "discretization_method", "seed",
+}  # fmt: skip
+TIMES = ("epoch_time_s", "images_per_s", "peak_memory_mb")
+
+
+def toy(output: Path, *flags: str, epochs: int = 3) -> dict:
+    return main([*TOY, *DIGITS, *BRIEF, "--epochs", str(epochs), "--output_dir", str(output), *flags])
+
+
+def command(*argv: str) -> list[str]:
+    return [sys.executable, "-m", "vim.main", *argv]
+
+
+def read_log(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+def assert_same_run(output: Path, expected: Path) -> None:
+    """Same weights, optimizer state and best, bit for bit; same log but for the clock."""
+    one, other = (load_checkpoint(folder / "checkpoint.pth") for folder in (output, expected))
+    torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
+    torch.testing.assert_close(one["optimizer"], other["optimizer"], rtol=0, atol=0)
+    assert one["epoch"] == other["epoch"] and one["best_acc1"] == other["best_acc1"]
+    best, other_best = (load_checkpoint(folder / "best_checkpoint.pth") for folder in (output, expected))
+    torch.testing.assert_close(best["model"], other_best["model"], rtol=0, atol=0)
+    logs = [[{k: v for k, v in record.items() if k not in TIMES} for record in read_log(f)] for f in (output, expected)]
+    assert logs[0] == logs[1]
+    assert {path.name for path in output.iterdir()} == {"checkpoint.pth", "best_checkpoint.pth", "log.txt"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small only lose time to threads, and the order of additions depends on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    """A toy run of three epochs that nothing disturbed."""
+    output = tmp_path_factory.mktemp("unbroken")
+    toy(output)
+    return output
+
+
+# --- training and evaluation ---
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("trained")
+    flags = ["--epochs", "4", "--lr", "8e-3", "--unscale-lr", "--warmup-epochs", "1", "--output_dir", str(output)]
+    return output, main([*VIM, *DIGITS, *flags, "--discretization-method", "bilinear"])
+
+
+def test_vision_mamba_learns_the_digits(trained):
+    output, record = trained
+    log = read_log(output)
+    assert [entry["epoch"] for entry in log] == list(range(4)) and log[-1] == record
+    assert set(record) == RECORD
+    assert record["test_acc1"] > 70 and record["test_acc5"] > 90  # chance: 10 and 50
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
+    assert record["discretization_method"] == "bilinear" and record["seed"] == 0
+    assert record["images_per_s"] == pytest.approx(22 * 64 / record["epoch_time_s"])
+
+
+def test_evaluation_reproduces_the_log(trained):
+    output, record = trained
+    flags = ["--discretization-method", "bilinear", "--eval", "--resume"]
+    scores = main([*VIM, *DIGITS, *flags, str(output / "checkpoint.pth"), "--batch-size", "50"])
+    for name in ("test_acc1", "test_acc5", "n_parameters", "discretization_method"):
+        assert scores[name] == pytest.approx(record[name])
+    assert scores["test_loss"] == pytest.approx(record["test_loss"], rel=1e-5)
+    scores = main([*VIM, *DIGITS, *flags, str(output / "best_checkpoint.pth")])
+    assert scores["test_acc1"] == pytest.approx(max(entry["test_acc1"] for entry in read_log(output)))
+
+
+def test_evaluation_with_another_method_is_refused(trained):
+    with pytest.raises(CheckpointError, match="discretization_method: 'bilinear' in the checkpoint, 'zoh' now"):
+        main([*VIM, *DIGITS, "--eval", "--resume", str(trained[0] / "checkpoint.pth")])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_reaches_the_model(method):
+    args = parse_args([*VIM, *DIGITS, "--discretization-method", method])
+    torch.manual_seed(0)
+    model = create_model(args, 10).eval()
+    torch.manual_seed(0)
+    options = {"patch_size": 4, "stride": 4, "depth": 2, "embed_dim": 32, "channels": 1, "img_size": 8}
+    same = timm.create_model("vim_tiny", num_classes=10, discretization_method=method, **options).eval()
+    image = torch.rand(1, 1, 8, 8)
+    assert torch.equal(model(image), same(image))
+
+
+def test_same_seed_same_numbers(unbroken, tmp_path):
+    toy(tmp_path / "again")
+    assert_same_run(tmp_path / "again", unbroken)
+    toy(tmp_path / "other", "--seed", "1")
+    assert read_log(tmp_path / "other")[0]["train_loss"] != read_log(unbroken)[0]["train_loss"]
+
+
+def test_learning_rate_follows_warm_up_and_cosine(unbroken):
+    rates = [record["train_lr"] for record in read_log(unbroken)]
+    assert rates[0] == pytest.approx(1e-6 + 10 / 11 * (2e-3 - 1e-6))
+    cosine = [1e-5 + 0.5 * (2e-3 - 1e-5) * (1 + math.cos(math.pi * step / 33)) for step in (21, 32)]
+    assert rates[1:] == pytest.approx(cosine)
+
+
+def test_learning_rate_is_scaled_with_the_batch():
+    for flags, expected in (([], 5e-4 * 64 / 512), (["--unscale-lr"], 5e-4)):
+        args = parse_args([*TOY, *DIGITS, *flags])
+        assert create_optimizer(args, create_model(args, 10)).param_groups[0]["lr"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "poly", "step"])
+def test_schedules_are_functions_of_the_update(sched):
+    args = parse_args([*TOY, *DIGITS, "--sched", sched, "--epochs", "10", "--decay-epochs", "3"])
+
+    def rates(updates):
+        optimizer = create_optimizer(args, create_model(args, 10))
+        scheduler = create_scheduler(args, optimizer, updates_per_epoch=5)
+        for update in updates:
+            scheduler.step_update(update)
+            yield optimizer.param_groups[0]["lr"]
+
+    through = list(rates(range(50)))
+    assert list(rates(range(30, 50))) == through[30:]  # what a resumed run sees
+    assert through[49] < max(through) and through[0] < through[10]
+
+
+def test_what_the_model_says_is_not_decayed():
+    args = parse_args([*VIM, *DIGITS, "--weight-decay", "0.3"])
+    model = create_model(args, 10)
+    decayed = {
+        id(parameter)
+        for group in create_optimizer(args, model).param_groups
+        if group["weight_decay"] > 0
+        for parameter in group["params"]
+    }
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert {"layers.0.mixer.in_proj.weight", "layers.1.mixer.x_proj_b.weight", "head.weight"} <= names
+    spared = {name for name, parameter in model.named_parameters() if id(parameter) not in decayed}
+    for name in ("A_log", "A_b_log", "D", "D_b", "dt_proj.bias"):
+        assert {f"layers.0.mixer.{name}", f"layers.1.mixer.{name}"} <= spared
+    assert {"pos_embed", "cls_token", "norm_f.weight", "head.bias"} <= spared
+
+
+def test_any_timm_model_trains_by_name():
+    record = main(["--model", "test_efficientnet_ln", *DIGITS, "--epochs", "1", "--input-size", "16"])
+    assert record["test_acc5"] > 40 and record["discretization_method"] is None
+
+
+def test_clip_grad_and_mixup_are_used(unbroken, tmp_path):
+    first = read_log(unbroken)[0]
+    toy(tmp_path / "clip", "--clip-grad", "1e-3", epochs=1)
+    toy(tmp_path / "mixup", "--mixup", "0.8", "--cutmix", "1", epochs=1)
+    toy(tmp_path / "hard", "--smoothing", "0", epochs=1)
+    losses = {read_log(tmp_path / name)[0]["train_loss"] for name in ("clip", "mixup", "hard")}
+    assert len(losses | {first["train_loss"]}) == 4
+
+
+# --- going on after an end, an accident, or a kill ---
+
+
+def test_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, monkeypatch):
+    def leave_at_epoch_2(*args, **kwargs):
+        if args[5] == 2:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    train = vim.main.train_one_epoch
+    monkeypatch.setattr(vim.main, "train_one_epoch", leave_at_epoch_2)
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path)
+    monkeypatch.undo()
+    torch.rand(7)  # the generators' state must come from the checkpoint
+    toy(tmp_path, "--resume", "auto")
+    assert_same_run(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("writes", range(1, 7))
+def test_death_between_any_two_writes_costs_nothing(unbroken, tmp_path, monkeypatch, writes):
+    """An epoch writes log, best checkpoint (if it is), checkpoint; the process may die before any of them lands."""
+    replace, done = os.replace, 0
+
+    def replace_until_death(source, target):
+        nonlocal done
+        done += 1
+        if done == writes:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(vim.checkpoint.os, "replace", replace_until_death)
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path)
+    monkeypatch.undo()
+    toy(tmp_path, "--resume", "auto")
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_kill_in_mid_epoch_and_resume(tmp_path):
+    flags = [*VIM, *DIGITS, *BRIEF, "--epochs", "3", "--drop-path", "0.1", "--resume", "auto", "--output_dir"]
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    victim = subprocess.Popen(command(*flags, str(broken)), env=environment, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (broken / "checkpoint.pth").exists() and victim.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.05)
+    finally:
+        victim.kill()
+    assert victim.wait() == -signal.SIGKILL
+    assert 1 <= len(read_log(broken)) < 3
+    main([*flags, str(broken)])
+    main([*flags, str(whole)])
+    assert_same_run(broken, whole)
+
+
+def test_resume_auto_of_a_finished_run_changes_nothing(unbroken, tmp_path):
+    output = shutil.copytree(unbroken, tmp_path / "copy")
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert toy(output, "--resume", "auto") == read_log(unbroken)[-1]
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+
+def test_resume_for_more_epochs(unbroken, tmp_path):
+    output = shutil.copytree(unbroken, tmp_path / "copy")
+    toy(output, "--resume", "auto", epochs=4)
+    assert [record["epoch"] for record in read_log(output)] == [0, 1, 2, 3]
+
+
+def test_resume_from_elsewhere_starts_a_log_of_its_own(unbroken, tmp_path):
+    toy(tmp_path, "--resume", str(unbroken / "checkpoint.pth"), epochs=4)
+    assert [record["epoch"] for record in read_log(tmp_path)] == [3]
+
+
+def test_an_earlier_run_is_not_overwritten(unbroken, tmp_path):
+    output = shutil.copytree(unbroken, tmp_path / "copy")
+    with pytest.raises(ConfigError, match=r"checkpoint.pth exists: go on with --resume auto, or choose another"):
+        toy(output)
+    assert_same_run(output, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lr", "1"], "lr: 0.002 in the checkpoint, 1.0 now"),
+        (["--seed", "5"], "seed: 0 in the checkpoint, 5 now"),
+        (["--model", "vit_small_patch16_224"], "model: 'vit_tiny_patch16_224' in the checkpoint, 'vit_small"),
+        (["--model-kwargs", "depth=1"], "model_kwargs: {'patch_size': 4,"),
+        (["--input-size", "16"], "input_size: 8 in the checkpoint, 16 now"),
+    ],
+)
+def test_resume_of_another_run_is_refused(unbroken, tmp_path, flags, said):
+    output = shutil.copytree(unbroken, tmp_path / "copy")
+    with pytest.raises(CheckpointError) as caught:
+        toy(output, "--resume", "auto", *flags)
+    assert said in str(caught.value)
+    assert_same_run(output, unbroken)
+
+
+def test_foreign_and_truncated_checkpoints_are_refused(unbroken, tmp_path):
+    foreign = tmp_path / "foreign.pth"
+    torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, foreign)
+    with pytest.raises(CheckpointError, match=r"(?s)missing: .*2 unexpected: weight, bias"):
+        toy(tmp_path / "none", "--eval", "--resume", str(foreign))
+    with pytest.raises(CheckpointError, match="has no optimizer"):
+        toy(tmp_path / "none", "--resume", str(foreign))
+    content = (unbroken / "checkpoint.pth").read_bytes()
+    truncated = tmp_path / "run" / "checkpoint.pth"
+    truncated.parent.mkdir()
+    truncated.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"run/checkpoint.pth is truncated, corrupt or not a checkpoint"):
+        toy(truncated.parent, "--resume", "auto")
+
+
+def test_damaged_log_is_named(unbroken, tmp_path):
+    output = shutil.copytree(unbroken, tmp_path / "copy")
+    (output / "log.txt").write_text("no JSON\n")
+    with pytest.raises(CheckpointError, match=r"log.txt is not a log of JSON lines"):
+        toy(output, "--resume", "auto")
+
+
+def test_disk_full_keeps_the_last_checkpoint(unbroken, tmp_path):
+    """A limit on the file size stands in for the disk: the log still fits, the next checkpoint does not."""
+    output = shutil.copytree(unbroken, tmp_path / "copy")
+    flags = [*TOY, *DIGITS, *BRIEF, "--epochs", "4", "--output_dir", str(output), "--resume", "auto"]
+    program = (
+        "import resource, sys, vim.main; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        "sys.exit(vim.main.cli())"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2, result.stderr
+    assert "cannot write" in result.stderr and "File too large" in result.stderr and "MiB free" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert load_checkpoint(output / "checkpoint.pth")["epoch"] == 2
+    toy(output, "--resume", "auto", epochs=4)
+    assert [record["epoch"] for record in read_log(output)] == [0, 1, 2, 3]
+
+
+# --- losses that are not finite ---
+
+
+def test_nan_loss_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    flags = ["--sched", "step", "--warmup-epochs", "0", "--decay-epochs", "1", "--decay-rate", "1e30"]
+    with pytest.raises(NonFiniteLossError, match=r"the loss is (nan|inf) in epoch 1, step 1 of 11"):
+        toy(tmp_path, *flags)
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
+    assert len(read_log(tmp_path)) == 1
+    argv = [*TOY, *DIGITS, *BRIEF, *flags, "--epochs", "3", "--output_dir", str(tmp_path), "--resume", "auto"]
+    monkeypatch.setattr(sys, "argv", ["main.py", *argv])
+    assert vim.main.cli() == 3
+    assert "error: the loss is" in capsys.readouterr().err
+
+
+def test_weights_that_became_nan_in_the_last_step_are_not_saved(tmp_path, monkeypatch):
+    def last_step_breaks_the_weights(model, *args, **kwargs):
+        result = train(model, *args, **kwargs)
+        if args[4] == 1:
+            next(model.parameters()).data.fill_(math.nan)
+        return result
+
+    train = vim.main.train_one_epoch
+    monkeypatch.setattr(vim.main, "train_one_epoch", last_step_breaks_the_weights)
+    with pytest.raises(NonFiniteLossError, match=r"held-out images is nan after epoch 1; the epoch was not saved"):
+        toy(tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
+
+
+# --- folders of images, from end to end ---
+
+
+@pytest.fixture(scope="module")
+def digit_folder(tmp_path_factory) -> Path:
+    """An ImageFolder of real images: the digits 0, 1 and 2 as PNG files."""
+    root, source = tmp_path_factory.mktemp("digits"), load_digits()
+    for digit in range(3):
+        images = source.images[source.target == digit]
+        for split, chosen in (("train", images[:40]), ("val", images[40:60])):
+            folder = root / split / f"digit {digit}"
+            folder.mkdir(parents=True)
+            for index, image in enumerate(chosen):
+                Image.fromarray((image * 15.9).astype(np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+FOLDER_TOY = [*TOY[:-1], "--input-size", "16", "--batch-size", "32", "--device", "cpu", "--epochs", "2"]
+
+
+def test_image_folder_run_resumes_with_workers(digit_folder, tmp_path):
+    flags = [*FOLDER_TOY, "--data-path", str(digit_folder), "--num_workers", "2"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    record = main([*flags, "--output_dir", str(whole)])
+    assert record["test_acc5"] == pytest.approx(100)  # three classes: all of them
+    shutil.copytree(whole, broken)
+    (broken / "checkpoint.pth").unlink()
+    (broken / "best_checkpoint.pth").unlink()
+    (broken / "log.txt").unlink()
+    main([*flags, "--output_dir", str(broken), "--resume", "auto"])
+    assert_same_run(broken, whole)
+
+
+def test_classes_that_differ_are_named(digit_folder, tmp_path):
+    (tmp_path / "train").symlink_to(digit_folder / "train")
+    (tmp_path / "val").mkdir()
+    for digit in range(2):
+        (tmp_path / "val" / f"digit {digit}").symlink_to(digit_folder / "val" / f"digit {digit}")
+    with pytest.raises(DataError, match="differ in their classes: digit 2"):
+        main([*FOLDER_TOY, "--data-path", str(tmp_path), "--num_workers", "0"])
+
+
+def test_corrupt_image_ends_the_program_with_its_name(digit_folder, tmp_path, monkeypatch, capsys):
+    root = shutil.copytree(digit_folder, tmp_path / "data")
+    (root / "train" / "digit 1" / "7.png").write_bytes(b"damaged")
+    monkeypatch.setattr(sys, "argv", ["main.py", *FOLDER_TOY, "--data-path", str(root), "--num_workers", "1"])
+    assert vim.main.cli() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"vim/main.py: error: cannot read image {root / 'train' / 'digit 1' / '7.png'}: ")
+    assert "Traceback" not in said
+
+
+# --- the command line ---
+
+# Each flag, an example on the command line, and what it must become.
+EVERY_FLAG = {
+    "--model": ("vim_small", "vim_small"),
+    "--model-kwargs": ("depth=3 if_rope=True", [("depth", 3), ("if_rope", True)]),
+    "--discretization-method": ("rk4", "rk4"),
+    "--input-size": ("96", 96),
+    "--drop": ("0.1", 0.1),
+    "--drop-path": ("0.2", 0.2),
+    "--data-set": ("CIFAR10", "CIFAR10"),
+    "--data-path": ("/data", "/data"),
+    "--num_workers": ("99", 99),
+    "--num-workers": ("99", 99),
+    "--pin-mem": ("", True),
+    "--no-pin-mem": ("", False),
+    "--batch-size": ("32", 32),
+    "--epochs": ("7", 7),
+    "--start_epoch": ("2", 2),
+    "--start-epoch": ("2", 2),
+    "--opt": ("lamb", "lamb"),
+    "--opt-eps": ("1e-6", 1e-6),
+    "--opt-betas": ("0.8 0.9", [0.8, 0.9]),
+    "--momentum": ("0.8", 0.8),
+    "--weight-decay": ("0.1", 0.1),
+    "--clip-grad": ("2", 2.0),
+    "--sched": ("poly", "poly"),
+    "--lr": ("1e-2", 1e-2),
+    "--unscale-lr": ("", True),
+    "--warmup-lr": ("1e-7", 1e-7),
+    "--min-lr": ("0", 0.0),
+    "--warmup-epochs": ("1", 1),
+    "--decay-epochs": ("5", 5.0),
+    "--decay-rate": ("0.5", 0.5),
+    "--smoothing": ("0.2", 0.2),
+    "--mixup": ("0", 0.0),
+    "--cutmix": ("0.4", 0.4),
+    "--mixup-prob": ("0.5", 0.5),
+    "--mixup-switch-prob": ("0.6", 0.6),
+    "--mixup-mode": ("elem", "elem"),
+    "--color-jitter": ("0.2", 0.2),
+    "--aa": ("v0", "v0"),
+    "--train-interpolation": ("random", "random"),
+    "--reprob": ("0.1", 0.1),
+    "--remode": ("const", "const"),
+    "--recount": ("2", 2),
+    "--eval-crop-ratio": ("0.9", 0.9),
+    "--output_dir": ("out", "out"),
+    "--output-dir": ("out", "out"),
+    "--resume": ("some.pth", "some.pth"),
+    "--eval": ("", True),
+    "--device": ("cuda:3", "cuda:3"),
+    "--seed": ("4", 4),
+}
+
+
+def test_every_flag_is_listed_here():
+    flags = {flag for action in build_parser()._actions for flag in action.option_strings}
+    assert flags - {"-h", "--help"} == set(EVERY_FLAG)
+
+
+@pytest.mark.parametrize("flag", EVERY_FLAG)
+def test_every_flag_is_parsed(flag):
+    text, expected = EVERY_FLAG[flag]
+    name = flag.removeprefix("--no-").lstrip("-").replace("-", "_")
+    assert getattr(build_parser().parse_args([flag, *text.split()]), name) == expected
+
+
+def test_model_kwargs_are_python_values():
+    kwargs = ["depth=3", "if_rope=True", "final_pool_type=mean", "ssm_cfg={'d_state': 8}", "name=a=b", "none=None"]
+    args = parse_args(["--model-kwargs", *kwargs])
+    assert args.model_kwargs == {
+        "depth": 3, "if_rope": True, "final_pool_type": "mean", "ssm_cfg": {"d_state": 8}, "name": "a=b", "none": None,
+    }  # fmt: skip
+
+
+def test_the_data_set_decides_defaults_and_the_command_line_wins():
+    args = parse_args(["--data-set", "DIGITS", "--cutmix", "0.5"])
+    assert (args.input_size, args.mixup, args.cutmix) == (8, 0.0, 0.5)
+    args = parse_args(["--data-set", "CIFAR"])
+    assert (args.data_set, args.input_size, args.mixup) == ("CIFAR100", 224, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--batch", "3"], "unrecognized arguments: --batch 3"),
+        (["--model", "vim_tyny"], r"--model vim_tyny is not known; close to it: .*vim_tiny"),
+        (["--discretization-method", "euler"], "invalid choice: 'euler'.*zoh.*highorder.*zoh_exact"),
+        (["--discretization-method", "rk4", "--model", "resnet18"], "for Vision Mamba; resnet18 has no state space"),
+        (["--data-set", "MNIST"], "invalid choice: 'MNIST'.*IMNET.*DIGITS"),
+        (["--opt", "adamv"], "--opt adamv is not known; close to it: .*adam"),
+        (["--sched", "triangle"], "invalid choice: 'triangle'.*cosine"),
+        (["--batch-size", "0"], "--batch-size: 0 is not above 0"),
+        (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
+        (["--lr", "nan"], "--lr: nan is not above 0"),
+        (["--epochs", "-1"], "--epochs"),
+        (["--model-kwargs", "depth"], "'depth' is not KEY=VALUE"),
+        (["--batch-size", "3"], "mixup and cutmix need an even one"),
+        (["--eval"], "--eval needs --resume"),
+        (["--resume", "auto"], "--resume auto needs --output_dir"),
+        (["--start_epoch", "1", "--resume", "x.pth"], "--start_epoch cannot be set together with --resume"),
+        (["--device", "gpu"], "--device gpu is not cpu, cuda or cuda:N"),
+        (["--device", "mps"], "--device mps is not cpu, cuda or cuda:N"),
+        (["--device", "cuda"], "--device cuda: 0 CUDA devices are usable here; try --device cpu"),
+        (["--data-set", "DIGITS"], "--model vim_tiny cannot be built with these options: .*img_size"),
+        ([*VIM, "no_such_option=1", *DIGITS], "--model vim_tiny cannot be built.*no_such_option"),
+        ([*TOY, *DIGITS, "--epochs", "1", "--start_epoch", "1"], "--epochs 1: nothing to do from epoch 1 on"),
+        ([*TOY, *DIGITS, "--output_dir", "/dev/null/x"], "--output_dir /dev/null/x cannot be made"),
+    ],
+)
+def test_errors_of_the_command_line(argv, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=said):
+        main(argv)
+
+
+def test_script_gives_one_message_and_exit_code_2():
+    result = subprocess.run([sys.executable, vim.main.__file__, "--epochs", "0"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.strip() == "vim/main.py: error: argument --epochs: 0 is not above 0"
+
+
+def test_help_names_every_method_and_data_set(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in (*METHODS, "IMNET", "CIFAR10", "DIGITS"))
