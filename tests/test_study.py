@@ -247,6 +247,13 @@ def test_a_killed_study_goes_on(finished):
     assert [epoch["epoch"] for epoch in history] == list(range(12))
 
 
+def test_workers_end_in_peace(finished):
+    output, _ = finished
+    logs = [path.read_text() for path in output.rglob("output.txt")]
+    assert len(logs) == 4
+    assert not any("Fatal" in log or "Traceback" in log for log in logs)
+
+
 def test_results_of_a_real_study(finished):
     output, facts = finished
     results = json.loads((output / "results.json").read_text())
