@@ -277,8 +277,7 @@ def test_random_class_token_position(monkeypatch):
     model = build(use_middle_cls_token=False)
     monkeypatch.setattr(random, "randint", lambda low, high: 5)
     moved = model(images(), if_random_cls_token_position=True)
-    x, _ = model.patch_embed(images())
-    x = insert_tokens(x, (model.cls_token,), (5,)) + model.pos_embed
+    x = insert_tokens(model.patch_embed(images()), (model.cls_token,), (5,)) + model.pos_embed
     hidden_states, residual = x, None
     for block in model.layers:
         hidden_states, residual = block(hidden_states, residual)
@@ -450,6 +449,8 @@ def test_image_errors():
     with pytest.raises(ValueError, match="not covered by patches"):
         build(img_size=36)
     build(img_size=36, dynamic_img_size=True)(images(36, 36))
+    with pytest.raises(ValueError, match="batch"):
+        model(images(batch=0))
 
 
 def test_nan_stays_in_its_image():
@@ -538,6 +539,7 @@ def test_factory_arguments():
         ({"cls_token_position": "centre"}, "cls_token_position must be one of head, middle, tail, double"),
         ({"cls_token_position": "head", "if_cls_token": False}, "needs if_cls_token=True"),
         ({"bimamba_type": "v3"}, "bimamba_type must be one of none, v1, v2"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and below 1; got 1.0"),
     ],
 )
 def test_bad_options_are_named(options, message):

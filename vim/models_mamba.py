@@ -76,8 +76,7 @@ class PatchEmbed(nn.Module):
                 f"img_size {self.img_size} is not covered by patches of {self.patch_size} with stride {self.stride}: "
                 "use patch_size + a multiple of stride, or dynamic_img_size=True to pad"
             )
-        padded = (n + pad for n, pad in zip(self.img_size, self._padding(self.img_size), strict=True))
-        self.grid_size = tuple((n - p) // s + 1 for n, p, s in zip(padded, self.patch_size, self.stride, strict=True))
+        self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def _padding(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -86,14 +85,20 @@ class PatchEmbed(nn.Module):
             p - n if n < p else (p - n) % s for n, p, s in zip(size, self.patch_size, self.stride, strict=True)
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens (B, rows · columns, D) in raster order, and (rows, columns)."""
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches that cover an image (H, W); the name is timm's."""
+        return tuple(
+            (n + missing - p) // s + 1
+            for n, missing, p, s in zip(img_size, self._padding(img_size), self.patch_size, self.stride, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens in raster order."""
         self._check(x)
         if self.dynamic_img_size:
             bottom, right = self._padding(x.shape[-2:])
             x = F.pad(x, (0, right, 0, bottom))
-        x = self.proj(x)
-        return x.flatten(2).transpose(1, 2), tuple(x.shape[-2:])
+        return self.proj(x).flatten(2).transpose(1, 2)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels:
@@ -156,7 +161,8 @@ class AddNorm(nn.Module):
             hidden_states = hidden_states * keep[:, None, None].to(hidden_states.dtype)
         residual = hidden_states if residual is None else residual + hidden_states
         normed = self._norm(residual.to(self.weight.dtype))
-        return normed, residual.float() if self.residual_in_fp32 else residual
+        at_least_fp32 = torch.promote_types(residual.dtype, torch.float32)
+        return normed, residual.to(at_least_fp32) if self.residual_in_fp32 else residual
 
     def _norm(self, x: Tensor) -> Tensor:
         if self.rms_norm:
@@ -183,7 +189,7 @@ class Block(nn.Module):
         self.mixer = mixer
 
     def forward(
-        self, hidden_states: Tensor, residual: Tensor | None, inference_params: Any = None, reverse: bool = False
+        self, hidden_states: Tensor, residual: Tensor | None = None, inference_params: Any = None, reverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """hidden_states, residual (B, L, D) -> the mixer's output, and the residual that entered the norm."""
         hidden_states, residual = self.norm(hidden_states, residual)
@@ -196,10 +202,11 @@ class VisionMamba(nn.Module):
     Args:
         img_size, patch_size, stride: int, or (H, W), in pixels. Images must have `img_size` unless `dynamic_img_size`.
         depth, embed_dim, d_state: number of blocks, channels, states per channel.
-        channels: of the image. num_classes: 0 for no head.
+        channels: of the image.
+        num_classes: 0 for no head.
         ssm_cfg: more arguments of `Mamba`, over those given here.
-        drop_rate: dropout after the position embedding. drop_path_rate: stochastic depth of the last block and of the
-            final norm; it rises linearly from 0.
+        drop_rate: dropout after the position embedding.
+        drop_path_rate: stochastic depth, below 1, of the last block's branch; it rises linearly from 0.
         norm_epsilon, rms_norm, fused_add_norm, residual_in_fp32: see `AddNorm`.
         initializer_cfg: `rescale_prenorm_residual` (True), `n_residuals_per_layer` (1); `initializer_range` is accepted
             as published, where it concerns token embeddings only.
@@ -264,6 +271,8 @@ class VisionMamba(nn.Module):
         super().__init__()
         if if_bidirectional and depth % 2:
             raise ValueError(f"if_bidirectional runs blocks in pairs and needs an even depth; got {depth}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be at least 0 and below 1; got {drop_path_rate}")
         if cls_token_position is not None and not if_cls_token:
             raise ValueError(f"cls_token_position={cls_token_position!r} needs if_cls_token=True")
         if if_cls_token and cls_token_position is None:
@@ -296,7 +305,7 @@ class VisionMamba(nn.Module):
             self.pos_drop = nn.Dropout(drop_rate)
         self.rope = VisionRotaryEmbedding(embed_dim, grid, pt_hw_seq_len, device) if if_rope else None
 
-        # Block 0 adds nothing, so block i drops the branch of block i - 1, and the final norm that of the last.
+        # Block i drops the branch of block i - 1, and the final norm that of the last block: 0, 0, …, drop_path_rate.
         drop_path = [0.0, *torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()][:depth]
         norm_options = {
             "eps": norm_epsilon,
@@ -443,7 +452,9 @@ class VisionMamba(nn.Module):
 
     def _embed(self, x: Tensor, random_cls: bool = False) -> tuple[Tensor, tuple[int, int], tuple[int, ...]]:
         """Images -> the sequence (B, L, D), the patch grid, and where in the sequence the class tokens stand."""
-        x, grid = self.patch_embed(x)
+        height_width = x.shape[-2:]
+        x = self.patch_embed(x)
+        grid = self.patch_embed.dynamic_feat_size(height_width)
         cls = cls_indices(self.cls_token_position, x.shape[1])
         if random_cls and self.cls_token_position == "head":
             cls = (random.randint(0, x.shape[1]),)
