@@ -1,5 +1,6 @@
 """The trainer as it is used: train, evaluate, be killed, go on; and what it says when it cannot."""
 
+import io
 import json
 import math
 import os
@@ -15,14 +16,16 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 from sklearn.datasets import load_digits
 
 import vim.checkpoint
+import vim.engine
 import vim.main
 from mamba_ssm.ops.discretization_ref import METHODS
 from vim.checkpoint import CheckpointError, load_checkpoint
 from vim.data import DataError
-from vim.engine import NonFiniteLossError
+from vim.engine import NonFiniteLossError, Track
 from vim.main import ConfigError, build_parser, create_model, create_optimizer, create_scheduler, main, parse_args
 
 # 2 x 2 patches and the cls token, 28,554 parameters: small enough for the reference scan.
@@ -101,6 +104,7 @@ def test_vision_mamba_learns_the_digits(trained):
     assert log[-1]["train_loss"] < log[0]["train_loss"]
     assert record["discretization_method"] == "bilinear" and record["seed"] == 0
     assert record["images_per_s"] == pytest.approx(22 * 64 / record["epoch_time_s"])
+    assert 50 < record["peak_memory_mb"] < 50_000
 
 
 def test_evaluation_reproduces_the_log(trained):
@@ -196,6 +200,26 @@ def test_clip_grad_and_mixup_are_used(unbroken, tmp_path):
     toy(tmp_path / "hard", "--smoothing", "0", epochs=1)
     losses = {read_log(tmp_path / name)[0]["train_loss"] for name in ("clip", "mixup", "hard")}
     assert len(losses | {first["train_loss"]}) == 4
+
+
+def progress(terminal: bool) -> str:
+    said = io.StringIO()
+    track = Track(list("abc"), "epoch 7", Console(file=said, force_terminal=terminal, width=100))
+    steps = []
+    for step, batch in track:
+        steps.append((step, batch))
+        track.note = f"loss {step}.5"
+    assert steps == [(0, "a"), (1, "b"), (2, "c")]
+    return said.getvalue()
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
+    assert progress(terminal=False) == ""  # too quick to say anything
+    monkeypatch.setattr(vim.engine, "_SECONDS_BETWEEN_LINES", 0.0)
+    lines = [line.rstrip() for line in progress(terminal=False).splitlines()]
+    assert lines == ["epoch 7  1/3  loss 0.5", "epoch 7  2/3  loss 1.5", "epoch 7  3/3  loss 2.5"]
+    bar = progress(terminal=True)
+    assert "epoch 7" in bar and "3/3" in bar and "loss 2.5" in bar and "\x1b[" in bar
 
 
 # --- going on after an end, an accident, or a kill ---

@@ -5,6 +5,7 @@ too, so they load for evaluation; so does a bare state dict.
 """
 
 import argparse
+import contextlib
 import os
 import pickle
 import random
@@ -43,11 +44,6 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         # torch's zip writer may hide the failed write behind a RuntimeError of its own.
@@ -57,6 +53,13 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    # So that the rename outlives a power cut. Some network file systems cannot; the new file is whole all the same.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     Raises ConfigError, vim.data.DataError, vim.checkpoint.CheckpointError or vim.engine.NonFiniteLossError.
     """
     args = parse_args(argv)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     random_seed(args.seed)
     return _evaluate(args, console) if args.eval else _train(args, console)
 
@@ -256,19 +256,12 @@ def _train(args: argparse.Namespace, console: Console) -> Record:
     optimizer = create_optimizer(args, model)
     scheduler = create_scheduler(args, optimizer, updates_per_epoch=len(train_loader))
     mixup, criterion = _mixup_and_criterion(args, num_classes)
-    records: list[Record] = []
     start_epoch, best_acc1 = args.start_epoch, -math.inf
-
     if checkpoint_path is not None:
-        checkpoint = load_checkpoint(checkpoint_path)
-        check_same_run(checkpoint, vars(args), checkpoint_path)
-        load_model(model, model_state(checkpoint, checkpoint_path), checkpoint_path)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start_epoch, best_acc1 = checkpoint["epoch"] + 1, checkpoint["best_acc1"]
-        if output is not None:
-            records = [record for record in _read_log(output / "log.txt") if record["epoch"] < start_epoch]
-        set_rng_state(checkpoint["rng"])
-        console.print(f"resumed from {checkpoint_path}, epoch {checkpoint['epoch']}")
+        start_epoch, best_acc1 = _resume(args, checkpoint_path, model, optimizer)
+        console.print(f"resumed from {checkpoint_path}, epoch {start_epoch - 1}")
+    earlier = _read_log(output / "log.txt") if output is not None else []
+    records = [record for record in earlier if record["epoch"] < start_epoch]
 
     constants = _constants(args, model)
     console.print(f"{args.model}, {constants['n_parameters']:,} parameters, on {device}; "
@@ -326,6 +319,21 @@ def _checkpoint_to_resume(args: argparse.Namespace, output: Path | None) -> Path
     if not args.resume:
         raise ConfigError(f"{own} exists: go on with --resume auto, or choose another --output_dir")
     return own
+
+
+def _resume(
+    args: argparse.Namespace, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Put model, optimizer and random number generators where `path` left them; return next epoch and best acc@1.
+
+    The schedule needs nothing: it is a function of the flags and the update.
+    """
+    checkpoint = load_checkpoint(path)
+    check_same_run(checkpoint, vars(args), path)
+    load_model(model, model_state(checkpoint, path), path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    set_rng_state(checkpoint["rng"])
+    return checkpoint["epoch"] + 1, checkpoint["best_acc1"]
 
 
 def _build_loader(args: argparse.Namespace, *, train: bool) -> Loader:
