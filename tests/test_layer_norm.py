@@ -1,0 +1,290 @@
+"""Residual add + norm: the fused CPU kernel and the references against float64."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mamba_ssm import _backend
+from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, layer_norm_ref, rms_norm_fn, rms_norm_ref
+
+needs_kernel = pytest.mark.skipif(_backend.unavailable["cpu"] is not None, reason="the CPU library is not built")
+SWITCH = pytest.mark.parametrize("use_cuda_kernel", [pytest.param(None, marks=needs_kernel), False])
+EPS = 1e-5
+
+
+def formula(x, weight, bias, residual, scale, is_rms_norm):
+    """y and h, written with torch's own norms."""
+    h = x if scale is None else x * scale.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+    h = h if residual is None else h + residual
+    shape = h.shape[-1:]
+    if is_rms_norm:
+        y = F.rms_norm(h, shape, weight, EPS)
+        return (y if bias is None else y + bias), h
+    return F.layer_norm(h, shape, weight, bias, EPS), h
+
+
+def outputs_and_gradients(function, tensors, dtypes):
+    outputs = function()
+    torch.manual_seed(1)
+    grads = [torch.randn(o.shape).to(t).to(o.dtype) for o, t in zip(outputs, dtypes, strict=True)]
+    return [*outputs, *torch.autograd.grad(outputs, [t for t in tensors if t is not None], grads)]
+
+
+@SWITCH
+@pytest.mark.parametrize("is_rms_norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_against_float64(dtype, is_rms_norm, use_cuda_kernel):
+    """Outputs and every gradient, for a residual in fp32 or in x's dtype, or none; with and without bias and scale."""
+    torch.manual_seed(0)
+    for dim, stream, bias, scale, shape in itertools.product(
+        (9, 16, 37, 192), (None, torch.float32, dtype), (False, True), (False, True), ((3, 5), (2, 3, 11))
+    ):
+        x = torch.randn(*shape, dim).to(dtype).requires_grad_()
+        residual = None if stream is None else torch.randn(*shape, dim).to(stream).requires_grad_()
+        weight = torch.randn(dim, requires_grad=True)
+        offset = torch.randn(dim, requires_grad=True) if bias else None
+        factor = torch.linspace(0, 1.5, shape[0]) if scale else None
+        tensors = (x, weight, offset, residual)
+        stream_dtype = torch.float32 if stream is None else stream
+
+        def call(tensors=tensors, factor=factor):
+            x, weight, bias, residual = tensors
+            return layer_norm_fn(
+                x,
+                weight,
+                bias,
+                residual,
+                EPS,
+                prenorm=True,
+                residual_in_fp32=True,
+                is_rms_norm=is_rms_norm,
+                drop_path_scale=factor,
+                use_cuda_kernel=use_cuda_kernel,
+            )
+
+        def torch_in_this_dtype(tensors=tensors, factor=factor, stream_dtype=stream_dtype):
+            x, weight, bias, residual = (None if t is None else t.to(stream_dtype) for t in tensors)
+            y, h = formula(x, weight, bias, residual, factor, is_rms_norm)
+            return y.to(dtype), h
+
+        wide = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+        loss_dtypes = (dtype, stream_dtype)
+        found = outputs_and_gradients(call, tensors, loss_dtypes)
+        same = outputs_and_gradients(torch_in_this_dtype, tensors, loss_dtypes)
+        exact = outputs_and_gradients(lambda w=wide, f=factor: formula(*w, f, is_rms_norm), wide, loss_dtypes)
+        names = [
+            "y",
+            "h",
+            *(n for n, t in zip(("x", "weight", "bias", "residual"), tensors, strict=True) if t is not None),
+        ]
+        for name, a, b, c in zip(names, found, same, exact, strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape, name
+            error = (a.double() - c).abs().max().item()
+            allowed = 2 * (b.double() - c).abs().max().item() + 1e-6 * c.abs().max().item() + 1e-6
+            assert error <= allowed, f"{name} {dim} {stream} {bias} {scale}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@SWITCH
+@pytest.mark.parametrize("is_rms_norm", [True, False])
+def test_without_prenorm_or_gradient(is_rms_norm, use_cuda_kernel):
+    torch.manual_seed(0)
+    x, weight, bias, residual = torch.randn(2, 7, 20), torch.randn(20), torch.randn(20), torch.randn(2, 7, 20)
+    options = {"eps": EPS, "is_rms_norm": is_rms_norm, "use_cuda_kernel": use_cuda_kernel}
+    torch.testing.assert_close(
+        layer_norm_fn(x, weight, bias, residual, **options), formula(x, weight, bias, residual, None, is_rms_norm)[0]
+    )
+    y, h = layer_norm_fn(x, weight, bias, prenorm=True, **options)
+    torch.testing.assert_close(y, formula(x, weight, bias, None, None, is_rms_norm)[0])
+    assert torch.equal(h, x)
+
+
+@SWITCH
+@pytest.mark.parametrize("used", ["y", "h"])
+def test_gradient_of_one_output_alone(used, use_cuda_kernel):
+    torch.manual_seed(0)
+    x, weight, residual = torch.randn(2, 7, 20), torch.randn(20), torch.randn(2, 7, 20)
+    tensors = [t.requires_grad_() for t in (x, weight, residual)]
+    pairs = []
+    for y, h in (
+        rms_norm_fn(x, weight, None, residual, True, eps=EPS, use_cuda_kernel=use_cuda_kernel),
+        formula(x, weight, None, residual, None, True),
+    ):
+        loss = (y if used == "y" else h).square().sum()
+        pairs.append(
+            [
+                torch.zeros_like(t) if g is None else g
+                for t, g in zip(tensors, torch.autograd.grad(loss, tensors, allow_unused=True), strict=True)
+            ]
+        )
+    torch.testing.assert_close(*pairs)
+
+
+@SWITCH
+def test_layouts(use_cuda_kernel):
+    torch.manual_seed(0)
+    weight = torch.randn(20)
+    for x in (
+        torch.randn(20),
+        torch.randn(3, 40)[:, 10:30],
+        torch.randn(3, 60)[:, ::3],
+        torch.randn(20, 5, 3).transpose(0, 2),
+        torch.randn(2, 3, 4, 20)[:, 1:],
+        torch.randn(1, 20).expand(6, 20),
+    ):
+        y = rms_norm_fn(x, weight, None, eps=EPS, use_cuda_kernel=use_cuda_kernel)
+        torch.testing.assert_close(y, F.rms_norm(x, (20,), weight, EPS))
+    one = rms_norm_fn(torch.tensor([[3.0], [-2.0]]), torch.ones(1), None, use_cuda_kernel=use_cuda_kernel)
+    torch.testing.assert_close(one, torch.tensor([[1.0], [-1.0]]))
+    assert rms_norm_fn(torch.empty(0, 4, 20), weight, None, use_cuda_kernel=use_cuda_kernel).shape == (0, 4, 20)
+
+
+@SWITCH
+def test_large_rows_and_offsets(use_cuda_kernel):
+    """The variance is computed from centred values: a large mean does not swamp it."""
+    x = torch.randn(4, 100) + 1000.0
+    found = layer_norm_fn(x, torch.ones(100), None, eps=0.0, use_cuda_kernel=use_cuda_kernel)
+    exact = F.layer_norm(x.double(), (100,), eps=0.0)
+    assert (found.double() - exact).abs().max() < 5e-4
+
+
+@SWITCH
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_nan_and_inf_stay_in_their_row(poison, use_cuda_kernel):
+    x, residual = torch.randn(3, 50), torch.randn(3, 50)
+    x[1, 7] = poison
+    y = rms_norm_fn(x, torch.ones(50), None, residual, use_cuda_kernel=use_cuda_kernel)
+    assert torch.isnan(y[1, 7]) and torch.isfinite(y[[0, 2]]).all()
+
+
+def test_module_and_references():
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
+    norm = RMSNorm(16, eps=EPS)
+    assert list(norm.state_dict()) == ["weight"] and norm.bias is None
+    y, h = norm(x, residual, prenorm=True, residual_in_fp32=True)
+    torch.testing.assert_close(h, x + residual)
+    torch.testing.assert_close(y, F.rms_norm(x + residual, (16,), eps=EPS))
+    bias = torch.randn(16)
+    torch.testing.assert_close((y + bias, h), rms_norm_ref(x, norm.weight, bias, residual, eps=EPS, prenorm=True))
+    torch.testing.assert_close(
+        layer_norm_ref(x, norm.weight, bias, residual, eps=EPS), F.layer_norm(h, (16,), norm.weight, bias, EPS)
+    )
+    low, stream = layer_norm_ref(x.bfloat16(), norm.weight, bias, residual, EPS, prenorm=True, upcast=True)
+    assert low.dtype == torch.bfloat16 and stream.dtype == torch.float32
+    half = RMSNorm(16, dtype=torch.bfloat16)(x.bfloat16(), prenorm=True, residual_in_fp32=True)
+    assert [t.dtype for t in half] == [torch.bfloat16, torch.float32]
+
+
+def test_import_path_of_mamba_ssm_1():
+    from mamba_ssm.ops.triton import layernorm
+
+    assert layernorm.RMSNorm is RMSNorm and layernorm.rms_norm_fn is rms_norm_fn
+    assert layernorm.layer_norm_fn is layer_norm_fn
+
+
+@needs_kernel
+def test_thread_count_changes_nothing():
+    torch.manual_seed(0)
+    tensors = [torch.randn(5, 203, 70), torch.randn(70), torch.randn(70), torch.randn(5, 203, 70)]
+    tensors = [t.requires_grad_() for t in tensors]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            x, weight, bias, residual = tensors
+            outputs = layer_norm_fn(x, weight, bias, residual, prenorm=True)
+            results.append([*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), tensors)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("is_rms_norm", [True, False])
+def test_operators_keep_torch_library_rules(is_rms_norm):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((6, 20), (20,), (20,)))
+    residual, scale = torch.randn(6, 20, requires_grad=True), torch.rand(3)
+    forward, backward = torch.ops.mamba_ssm.add_norm_fwd, torch.ops.mamba_ssm.add_norm_bwd
+    for arguments in (
+        (x, weight, bias, residual, scale, EPS, True, is_rms_norm, True),
+        (x, weight, None, None, None, EPS, False, is_rms_norm, False),
+        (x.detach().bfloat16().requires_grad_(), weight, None, residual, None, EPS, True, is_rms_norm, True),
+    ):
+        # mean and rstd are by-products without a gradient of their own
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(forward, arguments, test_utils=tests)
+    h, mean, rstd = torch.randn(6, 20), torch.randn(6), torch.rand(6)
+    for dh, separate in ((torch.randn(6, 20), True), (None, False)):
+        torch.library.opcheck(
+            backward,
+            (torch.randn(6, 20), dh, h, weight.detach(), scale, mean, rstd, is_rms_norm, True, separate),
+        )
+
+
+@needs_kernel
+def test_compiles_without_graph_breaks():
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 7, 20), torch.randn(20), torch.randn(2, 7, 20)]
+    tensors = [t.requires_grad_() for t in tensors]
+
+    def function(x, weight, residual):
+        return rms_norm_fn(x, weight, None, residual, prenorm=True)
+
+    results = []
+    for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        outputs = f(*tensors)
+        results.append([*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), tensors)])
+    torch.testing.assert_close(*results)
+
+
+def test_use_cuda_kernel_on_cpu_tensors_is_an_error():
+    with pytest.raises(RuntimeError, match="CUDA"):
+        rms_norm_fn(torch.randn(2, 4), torch.ones(4), None, use_cuda_kernel=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, r"^x has shape \(3, 0\).*dim >= 1", {"x": torch.randn(3, 0)}),
+        (TypeError, r"^x has dtype torch.int64.*convert", {"x": torch.zeros(3, 8).long()}),
+        (ValueError, r"^weight has shape \(7,\).*\(8,\)", {"weight": torch.ones(7)}),
+        (ValueError, r"^bias has shape \(8, 1\).*\(8,\)", {"bias": torch.ones(8, 1)}),
+        (ValueError, r"^residual has shape \(2, 8\).*\(3, 8\)", {"residual": torch.ones(2, 8)}),
+        (ValueError, r"^residual is on meta, but x is on cpu", {"residual": torch.ones(3, 8, device="meta")}),
+        (ValueError, r"^drop_path_scale has shape \(2,\).*\(3,\)", {"drop_path_scale": torch.ones(2)}),
+    ],
+)
+def test_bad_arguments(error, message, arguments):
+    with pytest.raises(error, match=message):
+        layer_norm_fn(**{"x": torch.randn(3, 8), "weight": torch.ones(8), "bias": None, **arguments})
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The other tests run on the best instruction set: the comparison again, in a process of its own, on each."""
+    order = ["generic", "avx2", "avx512"]
+    if order.index(isa) > order.index(torch.ops.mamba_ssm.cpu_isa()):
+        pytest.skip(f"this processor has no {isa}")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        __file__,
+        "-k",
+        "against_float64 and not False]",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = {**os.environ, "MAMBA_SSM_CPU_ISA": isa}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
