@@ -65,6 +65,10 @@ setup_main() {
     "${pip[@]}" --upgrade "pip>=23"
     "${pip[@]}" -c constraints.txt torch torchvision ninja setuptools wheel
     "${pip[@]}" -c constraints.txt --no-build-isolation -e ".[study,test]"
+    if [[ ! -f mamba_ssm/_C_cpu.so ]]; then
+        echo "setup: no C++ kernels were compiled, so the PyTorch reference will run, many times slower;" \
+            "with a C++20 compiler (Debian and Ubuntu: apt install g++) call this again"
+    fi
     setup_fingerprint >"$stamp"
 }
 
