@@ -206,7 +206,7 @@ def test_no_more_workers_than_asked(study, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A real study of one method that was killed (-9) while it trained and then called again; facts noted on the way."""
+    """A real study of one method, killed (-9) while it trained and then called again; facts noted on the way."""
     output = tmp_path_factory.mktemp("study")
     command = [sys.executable, str(SCRIPTS / "study.py"), *ARGUMENTS, "--output", str(output)]
     folder = output / "runs" / "bilinear-seed0"
