@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
-from mamba_ssm.ops.selective_scan_interface import (
+from mamba_ssm.ops.selective_scan import (
     ScanArgs,
     bidirectional_scan_fn,
     selective_scan_fn,
