@@ -42,7 +42,7 @@ setup_fingerprint() {
         "$VENV/bin/python" --version
         { "${CXX:-c++}" --version || echo "no C++ compiler"; } 2>/dev/null | head -n 1
         { nvcc --version || echo "no nvcc"; } 2>/dev/null | tail -n 1
-        echo "${TORCH_CUDA_ARCH_LIST:-}"
+        echo "${MAMBA_SSM_BUILD:-} ${NVCC:-} ${TORCH_CUDA_ARCH_LIST:-}"
         find mamba_ssm -name '_C_*.so' | LC_ALL=C sort
         find setup.py pyproject.toml constraints.txt csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cksum
     } 2>&1
