@@ -64,6 +64,14 @@ MAMBA_SSM_INLINE vfloat load_channels(const Tile& tile, const ConvArray& a, i64 
   return load_elements(a.data, at(a, b, d, t), tile.dtype, tile.lanes);
 }
 
+// Fetches what the next tile of this column reads: its rows are too short and too far apart for the hardware to guess.
+template <class Tile>
+MAMBA_SSM_INLINE void prefetch_next(const Tile& tile, const ConvArray& a, i64 b, i64 d, i64 t) {
+  if (tile.whole) {
+    __builtin_prefetch(static_cast<const char*>(a.data) + at(a, b, d, t + kTile) * element_size(tile.dtype));
+  }
+}
+
 // x[t], or for t < 0 an initial state, which may have any strides.
 template <int W, class Tile>
 MAMBA_SSM_INLINE vfloat load_input(const Tile& tile, const ConvProblem& p, i64 b, i64 d, i64 t) {
@@ -110,6 +118,7 @@ MAMBA_SSM_INLINE void forward_tile(const Tile& tile, const ConvProblem& p, i64 b
   for (int k = 0; k < W - 1; ++k) window[k] = load_input<W>(tile, p, b, d, t0 - (W - 1) + k);
   for (int i = 0; i < tile.rows; ++i) {
     const i64 t = t0 + i;
+    prefetch_next(tile, p.x, b, d, t);
     window[W - 1] = load_channels(tile, p.x, b, d, t);
     vfloat y = convolve<W>(tile, p, b, t, weight, bias, window);
     if (p.silu) y = y * sigmoid(y);
@@ -171,6 +180,8 @@ MAMBA_SSM_INLINE void backward_tile(const Tile& tile, const ConvProblem& p, cons
   for (int i = 0; i < tile.rows; ++i) {
     const i64 t = t0 + i;
     const i64 s = t - (W - 1);
+    prefetch_next(tile, p.x, b, d, t);
+    prefetch_next(tile, p.dout, b, d, t);
     g[W - 1] = vfloat{};
     if (tile.whole || (t < p.seqlen && !is_padding(tile, p, b, t))) {
       window[W - 1] = load_channels(tile, p.x, b, d, t);

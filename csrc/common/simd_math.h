@@ -22,7 +22,71 @@ MAMBA_SSM_INLINE vfloat exp(vfloat x) {
   return scale * p + scale;
 }
 
-MAMBA_SSM_INLINE vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-x)); }
+// 2^z and 2^z − 1, the latter to full relative accuracy near z = 0.
+struct Exp2 {
+  vfloat value;
+  vfloat minus_one;
+};
+
+#if MAMBA_SSM_LANES == 16
+// 2^z = 2^(k/32) 2^f with |f| <= 1/64: a table of 32 powers (and of their rounding errors), and a cubic for 2^f − 1.
+// Half of the operations are shuffles, additions and scalings, which run beside the multiply-adds of the scan.
+alignas(64) constexpr float kPowers[32] = {
+    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
+    1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
+    1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
+    1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
+alignas(64) constexpr float kPowerErrors[32] = {
+    0.0f,       -4.708e-8f, 4.629e-8f,  -5.56e-8f,  -1.199e-8f, -4.878e-8f, 4.73e-8f,   -3.481e-8f,
+    3.193e-8f,  -2.689e-8f, 3.621e-8f,  1.118e-9f,  -3.099e-8f, -2.638e-8f, -7.475e-9f, -4.246e-8f,
+    1.711e-8f,  2.3e-8f,    -3.048e-8f, -1.654e-8f, 5.233e-9f,  -3.592e-8f, 6.108e-9f,  -3.114e-8f,
+    -1.472e-8f, -2.822e-8f, -5.259e-9f, -6.36e-9f,  -6.128e-9f, -2.488e-8f, 5.141e-9f,  -8.697e-9f};
+
+MAMBA_SSM_INLINE vfloat lookup(const float (&table)[32], vfloat index) {
+  return (vfloat)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index, _mm512_load_ps(table + 16));
+}
+
+MAMBA_SSM_INLINE Exp2 exp2(vfloat z) {
+  constexpr float kRound = 393216.0f;  // 1.5 * 2^18: adding it rounds to 1/32 and leaves k in the low bits
+  const vfloat shifted = z + kRound;
+  const vfloat f = (vfloat)_mm512_maskz_reduce_ps(0xffff, (__m512)z, 5 << 4);  // z − k/32; 0 for an infinite z
+  vfloat q = splat(0.0555041086f);
+  q = q * f + 0.240228272f;
+  q = q * f + 0.693147181f;
+  const vfloat p = q * f + lookup(kPowerErrors, shifted);
+  const vfloat power = (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)lookup(kPowers, shifted), (__m512)(shifted - kRound));
+  return {power * p + power, power * p + (power - 1.0f)};
+}
+#else
+// 2^z = 2^k 2^f with |f| <= 1/2: a degree-6 minimax polynomial for 2^f − 1, and k into the exponent.
+MAMBA_SSM_INLINE Exp2 exp2(vfloat z) {
+  constexpr float kRound = 12582912.0f;
+  z = clamp(z, -126.0f, 128.0f);
+  const vfloat shifted = z + kRound;
+  const vfloat f = z - (shifted - kRound);
+  vfloat q = splat(1.54035082e-4f);
+  q = q * f + 1.33908498e-3f;
+  q = q * f + 9.61823794e-3f;
+  q = q * f + 5.55035722e-2f;
+  q = q * f + 0.240226498f;
+  q = q * f + 0.693147188f;
+  const vfloat p = q * f;
+  const vfloat power = bit_cast<vfloat>((bit_cast<vint>(shifted) << 23) + (127 << 23));
+  return {power * p + power, power * p + (power - 1.0f)};
+}
+#endif
+
+// 1 / x to within two units in the last place, for positive x below 1e38; NaN stays NaN.
+#if MAMBA_SSM_LANES == 16
+MAMBA_SSM_INLINE vfloat reciprocal(vfloat x) {
+  const vfloat r = bit_cast<vfloat>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(x)));
+  return r + r * (1.0f - x * r);
+}
+#else
+MAMBA_SSM_INLINE vfloat reciprocal(vfloat x) { return 1.0f / x; }
+#endif
+
+MAMBA_SSM_INLINE vfloat sigmoid(vfloat x) { return reciprocal(1.0f + exp(-x)); }
 MAMBA_SSM_INLINE vfloat silu(vfloat x) { return x * sigmoid(x); }
 // d silu / dx, given s = sigmoid(x)
 MAMBA_SSM_INLINE vfloat silu_slope(vfloat x, vfloat s) { return s * (1.0f + x * (1.0f - s)); }
