@@ -256,6 +256,23 @@ def test_nan_and_inf_stay_where_they_belong(poison, layout, use_cuda_kernel):
 
 
 @needs_kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_silu_of_extreme_values(layout):
+    values = torch.cat([torch.linspace(-130, 130, 521), torch.tensor([-1e30, -3e4, 3e4, 1e30])])
+    x = make_x(layout, 1, 20, len(values)).copy_(values).requires_grad_()
+    weight = torch.tensor([0.0, 1.0]).expand(20, 2)
+    out = causal_conv1d_fn(x, weight, activation="silu")
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    exact = x.detach().double().requires_grad_()
+    expected = F.silu(exact)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+    moderate = x.abs() < 1e4  # beyond, torch's own formula and ours round 0 times a huge x
+    torch.testing.assert_close(gradient[moderate].double(), expected_gradient[moderate], rtol=1e-6, atol=1e-6)
+    assert torch.isfinite(gradient).all()
+
+
+@needs_kernel
 @pytest.mark.parametrize("layout", ["channel_last", "contiguous"])
 def test_thread_count_changes_nothing(layout):
     torch.manual_seed(0)

@@ -86,7 +86,8 @@ MAMBA_SSM_INLINE vfloat reciprocal(vfloat x) {
 MAMBA_SSM_INLINE vfloat reciprocal(vfloat x) { return 1.0f / x; }
 #endif
 
-MAMBA_SSM_INLINE vfloat sigmoid(vfloat x) { return reciprocal(1.0f + exp(-x)); }
+// The bound keeps e^-x, and so its reciprocal, finite.
+MAMBA_SSM_INLINE vfloat sigmoid(vfloat x) { return reciprocal(1.0f + exp(-at_least(x, -87.0f))); }
 MAMBA_SSM_INLINE vfloat silu(vfloat x) { return x * sigmoid(x); }
 // d silu / dx, given s = sigmoid(x)
 MAMBA_SSM_INLINE vfloat silu_slope(vfloat x, vfloat s) { return s * (1.0f + x * (1.0f - s)); }
