@@ -91,7 +91,7 @@ def table_note(results: Results) -> str:
     return (
         f"Accuracy on {results['held_out_images']} held-out images after the last of {results['settings']['epochs']} "
         "epochs: mean ± sample standard deviation over the seeds. Time and memory are measured apart, one process with "
-        "one thread at a time: medians over the epochs after the first; img/s in training and in evaluation; peak: the "
+        "one thread at a time: s/epoch and img/s are the best of several epochs and evaluations; peak is the "
         f"largest resident memory of the process{memory}."
     )
 
@@ -166,11 +166,12 @@ def plot_curves(results: Results) -> Figure:
             axes.plot(epochs, values.mean(0), label=method, **_line(method))
             axes.fill_between(epochs, values.min(0), values.max(0), color=_line(method)["color"], alpha=0.1, lw=0)
         lowest = min(lowest, values[:, -1].min())
-    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    left.set(xlabel="epoch", ylabel="training loss")
     # The first epochs all look alike; what counts is the top.
     right.set(xlabel="epoch", ylabel="held-out accuracy, %", ylim=(max(0, lowest - 10), 100.5))
     for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
     if right.get_legend_handles_labels()[0]:
         figure.legend(*right.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
