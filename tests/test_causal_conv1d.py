@@ -113,10 +113,9 @@ def test_kernel_against_float64(dtype, layout, seqlen):
     torch.manual_seed(0)
     for width in (2, 3, 4):
         for dim in (5, 37):
-            for bias in (None, torch.randn(dim)):
-                for activation in (None, "silu"):
-                    x = make_x(layout, 2, dim, seqlen, dtype)
-                    compare(x, torch.randn(dim, width), bias, activation=activation, reverse=dim == 5)
+            for bias, activation in ((None, "silu" if dim == 5 else None), (torch.randn(dim), "silu")):
+                x = make_x(layout, 2, dim, seqlen, dtype)
+                compare(x, torch.randn(dim, width), bias, activation=activation, reverse=dim == 5)
 
 
 @needs_kernel
@@ -125,7 +124,7 @@ def test_kernel_against_float64(dtype, layout, seqlen):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_states_and_packed_sequences(dtype, layout, reverse):
     torch.manual_seed(0)
-    for seqlen in LENGTHS:
+    for seqlen in (1, 2, 3, 7, 65):
         for width in (2, 4):
             weight, bias = torch.randn(19, width), torch.randn(19)
             for states in (None, torch.randn(2, 19, width - 1, dtype=dtype)):

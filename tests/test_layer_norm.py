@@ -41,14 +41,14 @@ def outputs_and_gradients(function, tensors, dtypes):
 def test_against_float64(dtype, is_rms_norm, use_cuda_kernel):
     """Outputs and every gradient, for a residual in fp32 or in x's dtype, or none; with and without bias and scale."""
     torch.manual_seed(0)
-    for dim, stream, bias, scale, shape in itertools.product(
-        (9, 16, 37, 192), (None, torch.float32, dtype), (False, True), (False, True), ((3, 5), (2, 3, 11))
+    for dim, stream, bias, scale in itertools.product(
+        (9, 16, 37, 192), (None, torch.float32, dtype), (False, True), (False, True)
     ):
-        x = torch.randn(*shape, dim).to(dtype).requires_grad_()
-        residual = None if stream is None else torch.randn(*shape, dim).to(stream).requires_grad_()
+        x = torch.randn(2, 3, 11, dim).to(dtype).requires_grad_()
+        residual = None if stream is None else torch.randn(2, 3, 11, dim).to(stream).requires_grad_()
         weight = torch.randn(dim, requires_grad=True)
         offset = torch.randn(dim, requires_grad=True) if bias else None
-        factor = torch.linspace(0, 1.5, shape[0]) if scale else None
+        factor = torch.tensor([0.0, 1.5]) if scale else None
         tensors = (x, weight, offset, residual)
         stream_dtype = torch.float32 if stream is None else stream
 
