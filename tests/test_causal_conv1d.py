@@ -1,21 +1,16 @@
 """causal_conv1d: the CPU kernel and the reference against float64, in every layout, dtype and option."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref, causal_conv1d_update, causal_conv1d_update_ref
-from mamba_ssm import _backend
 
 LENGTHS = (1, 2, 3, 7, 63, 64, 65, 197)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("channel_last", "contiguous", "channel_last_slice", "strided")
 
-needs_kernel = pytest.mark.skipif(_backend.unavailable["cpu"] is not None, reason="the CPU library is not built")
+needs_kernel = pytest.mark.needs_kernel
 
 
 def make_x(layout: str, batch: int, dim: int, seqlen: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -277,14 +272,11 @@ def test_thread_count_changes_nothing(layout):
     torch.manual_seed(0)
     x, weight, bias = make_x(layout, 3, 150, 300), torch.randn(150, 4), torch.randn(150)
     arguments = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            outs, grads = gradients(lambda: causal_conv1d_fn(*arguments, activation="silu"), arguments)
-            results.append([*outs, *grads])
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 2):
+        torch.set_num_threads(count)
+        outs, grads = gradients(lambda: causal_conv1d_fn(*arguments, activation="silu"), arguments)
+        results.append([*outs, *grads])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -394,14 +386,5 @@ def test_update_kernel_refuses_rows_that_do_not_exist():
 
 
 @needs_kernel
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The other tests run on the best instruction set: a subset again, in a process of its own, on each."""
-    order = ["generic", "avx2", "avx512"]
-    if order.index(isa) > order.index(torch.ops.mamba_ssm.cpu_isa()):
-        pytest.skip(f"this processor has no {isa}")
-    subset = "test_kernel_against_float64 and 65 or test_several_chunks or test_update_kernel_against"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", subset, "-p", "no:cacheprovider"]
-    environment = {**os.environ, "MAMBA_SSM_CPU_ISA": isa}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+def test_every_instruction_set(rerun_on_instruction_set):
+    rerun_on_instruction_set("test_kernel_against_float64 and 65 or test_several_chunks or test_update_kernel_against")

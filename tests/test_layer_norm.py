@@ -1,18 +1,14 @@
 """Residual add + norm: the fused CPU kernel and the references against float64."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba_ssm import _backend
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, layer_norm_ref, rms_norm_fn, rms_norm_ref
 
-needs_kernel = pytest.mark.skipif(_backend.unavailable["cpu"] is not None, reason="the CPU library is not built")
+needs_kernel = pytest.mark.needs_kernel
 SWITCH = pytest.mark.parametrize("use_cuda_kernel", [pytest.param(None, marks=needs_kernel), False])
 EPS = 1e-5
 
@@ -192,15 +188,12 @@ def test_thread_count_changes_nothing():
     torch.manual_seed(0)
     tensors = [torch.randn(5, 203, 70), torch.randn(70), torch.randn(70), torch.randn(5, 203, 70)]
     tensors = [t.requires_grad_() for t in tensors]
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            x, weight, bias, residual = tensors
-            outputs = layer_norm_fn(x, weight, bias, residual, prenorm=True)
-            results.append([*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), tensors)])
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 2):
+        torch.set_num_threads(count)
+        x, weight, bias, residual = tensors
+        outputs = layer_norm_fn(x, weight, bias, residual, prenorm=True)
+        results.append([*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), tensors)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -267,24 +260,5 @@ def test_bad_arguments(error, message, arguments):
 
 
 @needs_kernel
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    """The other tests run on the best instruction set: the comparison again, in a process of its own, on each."""
-    order = ["generic", "avx2", "avx512"]
-    if order.index(isa) > order.index(torch.ops.mamba_ssm.cpu_isa()):
-        pytest.skip(f"this processor has no {isa}")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        __file__,
-        "-k",
-        "against_float64 and not False]",
-        "-p",
-        "no:cacheprovider",
-    ]
-    environment = {**os.environ, "MAMBA_SSM_CPU_ISA": isa}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+def test_every_instruction_set(rerun_on_instruction_set):
+    rerun_on_instruction_set("against_float64 and not False]")
