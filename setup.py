@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 # The oldest torch whose stable ABI the libraries use, encoded as in torch/headeronly/version.h.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-signed-zeros", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 # Python loads libtorch with local scope: without --no-as-needed its symbols would not be found.
 LINK_FLAGS = ["-shared", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
@@ -82,11 +82,12 @@ class BuildLibraries(build_ext):
         from torch.utils.cpp_extension import include_paths
 
         includes = [f"-I{ROOT / 'csrc' / 'common'}", *(f"-isystem{path}" for path in include_paths())]
-        headers = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/*/*.*h"), ROOT / "setup.py"])
 
         def compile_source(source: str) -> str:
             output = Path(self.build_temp, source).with_suffix(".o")
-            if output.exists() and output.stat().st_mtime > max(headers, (ROOT / source).stat().st_mtime):
+            headers = [*ROOT.glob("csrc/common/*.h"), *(ROOT / source).parent.glob("*.*h")]
+            inputs = [ROOT / source, ROOT / "setup.py", *headers]
+            if output.exists() and output.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
                 return str(output)
             output.parent.mkdir(parents=True, exist_ok=True)
             compiler = [nvcc, *NVCC_FLAGS, *architecture_flags()] if source.endswith(".cu") else [cxx, *CXX_FLAGS]

@@ -14,7 +14,7 @@ const char* cpu_isa_name(CpuIsa isa);
 
 // Picks `table_<isa>` of a kernel family: every family has one table of function pointers per instruction set.
 #if defined(__x86_64__)
-#define MAMBA_SSM_SELECT_ISA(table)                                                 \
+#define MAMBA_SSM_SELECT_ISA(table)                                                    \
   (::mamba_ssm::cpu_isa() == ::mamba_ssm::CpuIsa::avx512 ? ::mamba_ssm::table##_avx512 \
    : ::mamba_ssm::cpu_isa() == ::mamba_ssm::CpuIsa::avx2 ? ::mamba_ssm::table##_avx2   \
                                                          : ::mamba_ssm::table##_generic)

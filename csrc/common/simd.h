@@ -47,11 +47,22 @@ MAMBA_SSM_INLINE vfloat load(const float* p) {
 }
 MAMBA_SSM_INLINE void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof(v)); }
 
-// NaN in `x` stays NaN: the comparison is false and `x` is kept.
-MAMBA_SSM_INLINE vfloat clamp(vfloat x, float low, float high) {
-  x = x < low ? splat(low) : x;
-  return x > high ? splat(high) : x;
+// The larger (smaller) of x and the bound. NaN in `x` stays NaN: the comparison is false and `x` is kept.
+#if MAMBA_SSM_LANES == 16
+MAMBA_SSM_INLINE vfloat at_least(vfloat x, float low) {
+  return (vfloat)_mm512_maskz_max_ps(0xffff, (__m512)splat(low), (__m512)x);
 }
+MAMBA_SSM_INLINE vfloat at_most(vfloat x, float high) {
+  return (vfloat)_mm512_maskz_min_ps(0xffff, (__m512)splat(high), (__m512)x);
+}
+#elif MAMBA_SSM_LANES == 8
+MAMBA_SSM_INLINE vfloat at_least(vfloat x, float low) { return (vfloat)_mm256_max_ps((__m256)splat(low), (__m256)x); }
+MAMBA_SSM_INLINE vfloat at_most(vfloat x, float high) { return (vfloat)_mm256_min_ps((__m256)splat(high), (__m256)x); }
+#else
+MAMBA_SSM_INLINE vfloat at_least(vfloat x, float low) { return x < low ? splat(low) : x; }
+MAMBA_SSM_INLINE vfloat at_most(vfloat x, float high) { return x > high ? splat(high) : x; }
+#endif
+MAMBA_SSM_INLINE vfloat clamp(vfloat x, float low, float high) { return at_most(at_least(x, low), high); }
 MAMBA_SSM_INLINE vfloat abs(vfloat x) { return bit_cast<vfloat>(bit_cast<vint>(x) & 0x7fffffff); }
 
 // ---- 16-bit elements -------------------------------------------------------------------------------------------
@@ -67,8 +78,12 @@ MAMBA_SSM_INLINE vhalf to_bf16(vfloat x) {
 }
 
 #if MAMBA_SSM_LANES == 16
-MAMBA_SSM_INLINE vfloat from_f16(vhalf bits) { return bit_cast<vfloat>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits))); }
-MAMBA_SSM_INLINE vhalf to_f16(vfloat x) { return bit_cast<vhalf>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), 0)); }
+MAMBA_SSM_INLINE vfloat from_f16(vhalf bits) {
+  return bit_cast<vfloat>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)));
+}
+MAMBA_SSM_INLINE vhalf to_f16(vfloat x) {
+  return bit_cast<vhalf>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), 0));
+}
 #elif MAMBA_SSM_LANES == 8
 MAMBA_SSM_INLINE vfloat from_f16(vhalf bits) { return bit_cast<vfloat>(_mm256_cvtph_ps(bit_cast<__m128i>(bits))); }
 MAMBA_SSM_INLINE vhalf to_f16(vfloat x) { return bit_cast<vhalf>(_mm256_cvtps_ph(bit_cast<__m256>(x), 0)); }
@@ -90,9 +105,9 @@ MAMBA_SSM_INLINE vhalf to_f16(vfloat x) {
   const vuint normal = (bits + 0xfff + ((bits >> 13) & 1) - (112u << 23)) >> 13;
   const vuint subnormal = bit_cast<vuint>(bit_cast<vfloat>(bits) + 0.5f) - 0x3f000000u;
   vuint half = bits < (113u << 23) ? subnormal : normal;
-  half = bits >= (143u << 23) ? vuint{} + 0x7c00u : half;         // overflow and infinity
+  half = bits >= (143u << 23) ? vuint{} + 0x7c00u : half;                        // overflow and infinity
   half = bits >= 0x477ff000u && bits < (143u << 23) ? vuint{} + 0x7c00u : half;  // rounds up past 65504
-  half = bits > 0x7f800000u ? vuint{} + 0x7e00u : half;           // NaN
+  half = bits > 0x7f800000u ? vuint{} + 0x7e00u : half;                          // NaN
   return __builtin_convertvector(half | sign, vhalf);
 }
 #endif
@@ -172,22 +187,22 @@ MAMBA_SSM_INLINE void transpose_step(vfloat (&m)[kLanes]) {
   }
   if constexpr (Step * 2 < kLanes) transpose_step<Step * 2>(m);
 }
-template <int Step>
-MAMBA_SSM_INLINE void reduce_step(vfloat (&m)[kLanes]) {
-  for (int i = 0; i < kLanes; i += 2 * Step) {
-    m[i] = interleave<Step, false>(m[i], m[i + Step]) + interleave<Step, true>(m[i], m[i + Step]);
-  }
-  if constexpr (Step * 2 < kLanes) reduce_step<Step * 2>(m);
-}
 }  // namespace detail
 
 // m[i][j] <-> m[j][i]
 MAMBA_SSM_INLINE void transpose(vfloat (&m)[kLanes]) { detail::transpose_step<1>(m); }
 
-// Lane i of the result is the sum of all lanes of m[i]. Destroys m.
-MAMBA_SSM_INLINE vfloat sum_lanes(vfloat (&m)[kLanes]) {
-  detail::reduce_step<1>(m);
-  return m[0];
+// Lane i of the result is the sum of all lanes of vectors(first + i * step), for kLanes of them.
+template <int Count, class Vectors>
+MAMBA_SSM_INLINE vfloat sum_lanes(const Vectors& vectors, int first, int step) {
+  if constexpr (Count == 1) {
+    return vectors(first);
+  } else {
+    constexpr int kHalf = Count / 2;
+    const vfloat a = sum_lanes<kHalf>(vectors, first, step);
+    const vfloat b = sum_lanes<kHalf>(vectors, first + kHalf * step, step);
+    return detail::interleave<kHalf, false>(a, b) + detail::interleave<kHalf, true>(a, b);
+  }
 }
 
 }  // namespace MAMBA_SSM_ISA

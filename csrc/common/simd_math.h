@@ -54,14 +54,15 @@ MAMBA_SSM_INLINE Exp2 exp2(vfloat z) {
   q = q * f + 0.240228272f;
   q = q * f + 0.693147181f;
   const vfloat p = q * f + lookup(kPowerErrors, shifted);
-  const vfloat power = (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)lookup(kPowers, shifted), (__m512)(shifted - kRound));
+  const vfloat power =
+      (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)lookup(kPowers, shifted), (__m512)(shifted - kRound));
   return {power * p + power, power * p + (power - 1.0f)};
 }
 #else
 // 2^z = 2^k 2^f with |f| <= 1/2: a degree-6 minimax polynomial for 2^f − 1, and k into the exponent.
 MAMBA_SSM_INLINE Exp2 exp2(vfloat z) {
   constexpr float kRound = 12582912.0f;
-  z = clamp(z, -126.0f, 128.0f);
+  z = clamp(z, -126.0f, 127.9f);
   const vfloat shifted = z + kRound;
   const vfloat f = z - (shifted - kRound);
   vfloat q = splat(1.54035082e-4f);
@@ -76,25 +77,19 @@ MAMBA_SSM_INLINE Exp2 exp2(vfloat z) {
 }
 #endif
 
-// 1 / x to within two units in the last place, for positive x below 1e38; NaN stays NaN.
-#if MAMBA_SSM_LANES == 16
-MAMBA_SSM_INLINE vfloat reciprocal(vfloat x) {
-  const vfloat r = bit_cast<vfloat>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(x)));
-  return r + r * (1.0f - x * r);
-}
-#else
-MAMBA_SSM_INLINE vfloat reciprocal(vfloat x) { return 1.0f / x; }
-#endif
-
-// The bound keeps e^-x, and so its reciprocal, finite.
-MAMBA_SSM_INLINE vfloat sigmoid(vfloat x) { return reciprocal(1.0f + exp(-at_least(x, -87.0f))); }
-MAMBA_SSM_INLINE vfloat silu(vfloat x) { return x * sigmoid(x); }
+// The bound keeps e^-x finite. (A division costs no more than an approximate reciprocal and a Newton step here.)
+MAMBA_SSM_INLINE vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-at_least(x, -87.0f))); }
+MAMBA_SSM_INLINE vfloat silu(vfloat x) { return x / (1.0f + exp(-at_least(x, -87.0f))); }
 // d silu / dx, given s = sigmoid(x)
 MAMBA_SSM_INLINE vfloat silu_slope(vfloat x, vfloat s) { return s * (1.0f + x * (1.0f - s)); }
 
 // log(1 + e^x) = max(x, 0) + log1p(w) with w = e^-|x| in (0, 1];  log1p(w) = 2 atanh(t), t = w/(2 + w) <= 1/3.
-// The relative error stays small for very negative x too, where softplus(x) is about e^x.
-MAMBA_SSM_INLINE vfloat softplus(vfloat x) {
+// The relative error stays small for very negative x too, where softplus(x) is about e^x. Its slope is sigmoid(x).
+struct Softplus {
+  vfloat value;
+  vfloat slope;
+};
+MAMBA_SSM_INLINE Softplus softplus(vfloat x) {
   const vfloat w = exp(-abs(x));
   const vfloat t = w / (2.0f + w);
   const vfloat t2 = t * t;
@@ -103,8 +98,7 @@ MAMBA_SSM_INLINE vfloat softplus(vfloat x) {
   p = p * t2 + 0.200124550f;
   p = p * t2 + 0.333331573f;
   p = p * t2 + 1.0f;
-  const vfloat positive = x < 0.0f ? splat(0.0f) : x;
-  return positive + (t + t) * p;
+  return {at_least(x, 0.0f) + (t + t) * p, (x < 0.0f ? w : splat(1.0f)) / (1.0f + w)};
 }
 
 }  // namespace MAMBA_SSM_ISA

@@ -20,10 +20,14 @@ using torch::stable::Tensor;
 // Throws for a dtype that the kernels do not have. `name` is the argument's.
 inline Dtype kernel_dtype(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case torch::headeronly::ScalarType::Float: return Dtype::f32;
-    case torch::headeronly::ScalarType::Half: return Dtype::f16;
-    case torch::headeronly::ScalarType::BFloat16: return Dtype::bf16;
-    default: break;
+    case torch::headeronly::ScalarType::Float:
+      return Dtype::f32;
+    case torch::headeronly::ScalarType::Half:
+      return Dtype::f16;
+    case torch::headeronly::ScalarType::BFloat16:
+      return Dtype::bf16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16 for the compiled kernels");
 }

@@ -3,19 +3,21 @@
 //     h_t = Ā_t h_{t-1} + c(Δ_t, A) B_t u_t          x = Δ_t A
 //
 // One struct per method: its name, its equation, its value and its derivatives. The kernels are templates over these
-// structs and run them on one float (CUDA) or on a vector of lanes (CPU): `V` below is either. Nothing here needs torch.
+// structs and run them on one float (CUDA) or on a vector of lanes (CPU): `V` below is either. Nothing here needs
+// torch.
 //
-// With e_k(x) = e^x − Σ_{j<k} x^j / j!  (so that φ_k(x) = e_k / x^k) the held inputs of the paper are sums
-// Σ_k w_k Δ^k φ_k(x) = Σ_k (w_k / A^k) e_k(x). They are evaluated without cancellation for every x ≤ 0: near 0 as a
-// series, elsewhere in closed form.
+// φ_k(x) = (e^x − Σ_{j<k} x^j/j!) / x^k. The held inputs of the paper are sums of Δ^k φ_k(x), evaluated without
+// cancellation for every x ≤ 0: near 0 as a series, elsewhere in closed form.
 //
 // To add a method: write its struct, list it in MAMBA_SSM_DISCRETIZATIONS, and write its function in
 // mamba_ssm/ops/discretization_ref.py. A test holds the two tables equal.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
+#if defined(MAMBA_SSM_ISA)
+#include "simd_math.h"
+#else
+#include <cmath>
+#endif
 
 #if defined(__CUDACC__)
 #define MAMBA_SSM_HD __host__ __device__ __forceinline__
@@ -28,123 +30,67 @@ namespace mamba_ssm {
 // ---- what the structs are written in ---------------------------------------------------------------------------
 
 template <class V>
-using MaskOf = decltype(V{} < V{});
-template <class V>
-using IntOf = std::conditional_t<std::is_same_v<V, float>, std::int32_t, MaskOf<V>>;
-
-template <class To, class From>
-MAMBA_SSM_HD To bits_as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-template <class V>
 MAMBA_SSM_HD V constant(float value) {
   return V{} + value;
 }
 
-// Stands for a coefficient that is zero at compile time; sums and products with it vanish.
-struct Zero {};
-MAMBA_SSM_HD Zero operator+(Zero, Zero) { return {}; }
-template <class V>
-MAMBA_SSM_HD V operator+(V a, Zero) {
-  return a;
-}
-template <class V>
-MAMBA_SSM_HD V operator+(Zero, V b) {
-  return b;
-}
-template <class V>
-MAMBA_SSM_HD Zero operator*(V, Zero) {
-  return {};
-}
-MAMBA_SSM_HD Zero operator*(Zero, Zero) { return {}; }
-
-// e^x = 2^k (1 + p(x − k ln 2)); relative error 2e-7. NaN stays NaN; x < −87 gives 1.6e-38 and x > 88.8 infinity.
-template <class V>
-MAMBA_SSM_HD V power_of_two(V k_plus_magic) {
-  using I = IntOf<V>;
-  return bits_as<V>((bits_as<I>(k_plus_magic) << 23) + (127 << 23));
-}
-constexpr float kMagic = 12582912.0f;  // 1.5·2^23: adding it rounds to the nearest integer, kept in the low bits
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
-template <class V>
-MAMBA_SSM_HD V clamp_exponent(V x) {
-  x = x < -87.0f ? constant<V>(-87.0f) : x;
-  return x > 88.8f ? constant<V>(88.8f) : x;
-}
-
-template <class V>
-MAMBA_SSM_HD V exponential(V x) {
-#if defined(__CUDA_ARCH__)
-  return exp2f(x * kLog2e);
-#else
-  x = clamp_exponent(x);
-  const V k_magic = x * kLog2e + kMagic;
-  const V r = x - (k_magic - kMagic) * kLn2;
-  V q = constant<V>(0.00138141909f);
-  q = q * r + 0.00836891382f;
-  q = q * r + 0.0416684072f;
-  q = q * r + 0.166665190f;
-  q = q * r + 0.499999933f;
-  const V p = (r * r) * q + r;
-  const V scale = power_of_two(k_magic);
-  return scale * p + scale;
-#endif
-}
-
-// e^x together with its remainder after the cubic term: e^r = 1 + r + r²/2 + r³/6 + r⁴ v.
-// Where `near` holds (x in [−0.62, 0.07]) r is x itself.
+// 2^z, and 2^z − 1 to full relative accuracy near z = 0. NaN stays NaN.
 template <class V>
 struct Exponential {
   V value;
-  V r;
-  V v;
-  MaskOf<V> near;
+  V minus_one;
 };
 
 template <class V>
-MAMBA_SSM_HD Exponential<V> exponential_with_remainder(V x) {
-  Exponential<V> e;
-#if defined(__CUDA_ARCH__)
-  e.value = exp2f(x * kLog2e);
-  e.r = x;
-  e.near = x > -0.62f && x < 0.07f;
+MAMBA_SSM_HD Exponential<V> exponential2(V z) {
+#if defined(MAMBA_SSM_ISA)
+  const auto e = MAMBA_SSM_ISA::exp2(z);
+  return {e.value, e.minus_one};
 #else
-  const V clamped = clamp_exponent(x);
-  // The bias of 0.4 moves the interval of k = 0 to where x lies, below zero.
-  const V k_magic = (clamped * kLog2e + 0.4f) + kMagic;
-  e.r = clamped - (k_magic - kMagic) * kLn2;
-  e.near = k_magic == kMagic;
+  const V k = rintf(z);
+  const V f = z - k;
+  V q = 1.54035082e-4f;
+  q = q * f + 1.33908498e-3f;
+  q = q * f + 9.61823794e-3f;
+  q = q * f + 5.55035722e-2f;
+  q = q * f + 0.240226498f;
+  q = q * f + 0.693147188f;
+  const V power = exp2f(k);
+  return {exp2f(z), power * (q * f) + (power - 1.0f)};
 #endif
-  V v = constant<V>(0.00017308813f);
-  v = v * e.r + 0.00138127306f;
-  v = v * e.r + 0.00833292029f;
-  e.v = v * e.r + 0.0416667012f;
-#if !defined(__CUDA_ARCH__)
-  const V s = e.r * e.v + 0.166666667f;
-  const V p = (e.r * e.r) * (e.r * s + 0.5f) + e.r;
-  const V scale = power_of_two(k_magic);
-  e.value = scale * p + scale;
-#endif
-  return e;
 }
 
-// Σ_k d_k e_k(x) for k = 1 … 4.
-template <class V, class D1, class D2, class D3, class D4>
-MAMBA_SSM_HD V remainder_sum(const Exponential<V>& e, V x, D1 d1, D2 d2, D3 d3, D4 d4) {
-  const auto from2 = d2 + (d3 + d4);
-  const auto from3 = d3 + d4;
-  const auto all = d1 + from2;
-  const V near = e.r * (d1 + e.r * (constant<V>(0.5f) * (d1 + d2) +
-                                    e.r * (constant<V>(0.166666667f) * (d1 + d2 + d3) + (e.r * e.v) * all)));
-  const V tail = all + x * (from2 + x * (constant<V>(0.5f) * from3 + x * (constant<V>(0.166666667f) * d4)));
-  const V far = e.value * all - tail;
-  return e.near ? near : far;
+// p_k = Δ^k φ_k(x) for k = 1 … 4, as many as `Count` asks for, for every A and x <= 0: near 0 by the series of φ_k,
+// elsewhere by p_{k+1} = (p_k − Δ^k/k!) / A, which is stable there. e1 is e^x − 1.
+template <class V>
+struct HeldInputs {
+  V p1, p2, p3, p4;
+};
+template <int Count, class V>
+MAMBA_SSM_HD HeldInputs<V> held_inputs(V delta, V A, V inverse, V e1) {
+  HeldInputs<V> held{};
+  held.p1 = e1 * inverse;
+  if constexpr (Count >= 2) {
+    const V x = delta * A;
+    const auto near = (x > -0.62f) & (x < 0.07f);
+    V phi4 = constant<V>(1.73088130e-4f);
+    phi4 = phi4 * x + 1.38127306e-3f;
+    phi4 = phi4 * x + 8.33292029e-3f;
+    phi4 = phi4 * x + 4.16667012e-2f;
+    const V phi3 = phi4 * x + 0.166666667f;
+    const V phi2 = phi3 * x + 0.5f;
+    const V delta2 = delta * delta;
+    held.p2 = near ? delta2 * phi2 : (held.p1 - delta) * inverse;
+    if constexpr (Count >= 3) {
+      const V delta3 = delta2 * delta;
+      held.p3 = near ? delta3 * phi3 : (held.p2 - delta2 * 0.5f) * inverse;
+      if constexpr (Count >= 4) held.p4 = near ? delta2 * delta2 * phi4 : (held.p3 - delta3 * (1.0f / 6)) * inverse;
+    }
+  }
+  return held;
 }
 
 // What the forward pass needs: h_t = a_bar h_{t-1} + c B_t u_t.
@@ -167,23 +113,24 @@ struct TransitionGradient {
 // ---- the methods -----------------------------------------------------------------------------------------------
 // prepare(A) turns the continuous parameter, constant over time, into what the step needs of it (computed once per
 // channel and state). forward(Δ, coefficients) and gradient(Δ, coefficients) are the discretization. kInputIsDelta says
-// that c = Δ, so that a kernel need not keep c and its derivatives 1 and 0.
+// that c = Δ, so that a kernel need not keep c and its derivatives 1 and 0; kSlopeIsABar that dĀ/dx = Ā.
 
 // Zero-order hold with Mamba's simplified input rule:  Ā = e^x,  c = Δ.
 struct Zoh {
   static constexpr const char* name = "zoh";
   static constexpr bool kInputIsDelta = true;
+  static constexpr bool kSlopeIsABar = true;
   template <class V>
   static MAMBA_SSM_HD V prepare(V A) {
-    return A;
+    return A * kLog2e;
   }
   template <class V>
-  static MAMBA_SSM_HD Transition<V> forward(V delta, V A) {
-    return {exponential(delta * A), delta};
+  static MAMBA_SSM_HD Transition<V> forward(V delta, V rate) {
+    return {exponential2(delta * rate).value, delta};
   }
   template <class V>
-  static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, V A) {
-    const V a_bar = exponential(delta * A);
+  static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, V rate) {
+    const V a_bar = exponential2(delta * rate).value;
     return {a_bar, a_bar, delta, constant<V>(1.0f), V{}};
   }
 };
@@ -193,6 +140,7 @@ struct Zoh {
 struct Bilinear {
   static constexpr const char* name = "bilinear";
   static constexpr bool kInputIsDelta = false;
+  static constexpr bool kSlopeIsABar = false;
   template <class V>
   static MAMBA_SSM_HD V prepare(V A) {
     return A;
@@ -212,58 +160,97 @@ struct Bilinear {
   }
 };
 
-// Σ_k w_k Δ^k φ_k(x) with weights in sixths (so that they are integers at compile time). Derivatives by
-// ∂(Δ^k φ_k)/∂Δ = Δ^{k-1} φ_{k-1} and φ_k' = φ_k − k φ_{k+1}.
+// c = Σ_k w_k p_k with p_k = Δ^k φ_k(x), the weights w_k in sixths so that they are integers at compile time; any A.
+// ∂p_k/∂Δ = p_{k-1} (p_0 = e^x) and ∂p_k/∂A = Δ p_k − k p_{k+1}.
 template <int W1, int W2, int W3>
-struct Hold {
+struct HoldSeries {
   static constexpr bool kInputIsDelta = false;
-  template <int W, class V>
-  static MAMBA_SSM_HD auto weighted(V value) {
-    if constexpr (W == 0) {
-      return Zero{};
-    } else if constexpr (W == 6) {
-      return value;
-    } else {
-      return value * (static_cast<float>(W) / 6.0f);
-    }
-  }
+  static constexpr bool kSlopeIsABar = true;
+  static constexpr int kTerms = W3 != 0 ? 3 : W2 != 0 ? 2 : 1;
+  static constexpr float w1 = W1 / 6.0f, w2 = W2 / 6.0f, w3 = W3 / 6.0f;
   template <class V>
   struct Coefficients {
     V A;
+    V rate;     // A log2 e
     V inverse;  // 1/A
   };
-  // |A| < 1e-9 is taken as 1e-9: x is then so small that only the series' first terms count, and no power overflows.
+  // |A| < 1e-9 is taken as 1e-9: x is then so small that the difference does not show.
   template <class V>
   static MAMBA_SSM_HD Coefficients<V> prepare(V A) {
     A = (A >= 0.0f) & (A < 1e-9f) ? constant<V>(1e-9f) : A;
     A = (A < 0.0f) & (A > -1e-9f) ? constant<V>(-1e-9f) : A;
-    return {A, constant<V>(1.0f) / A};
+    return {A, A * kLog2e, constant<V>(1.0f) / A};
   }
+  // w1 a + w2 b + w3 c without the terms whose weight is zero.
   template <class V>
-  static MAMBA_SSM_HD V input_gain(const Exponential<V>& e, V x, V inverse) {
-    const V inverse2 = inverse * inverse;
-    return remainder_sum(e, x, weighted<W1>(inverse), weighted<W2>(inverse2), weighted<W3>(inverse2 * inverse), Zero{});
+  static MAMBA_SSM_HD V weighted(V a, V b, V c) {
+    V sum{};
+    if constexpr (W1 != 0) sum += a * w1;
+    if constexpr (W2 != 0) sum += b * w2;
+    if constexpr (W3 != 0) sum += c * w3;
+    return sum;
   }
   template <class V>
   static MAMBA_SSM_HD Transition<V> forward(V delta, const Coefficients<V>& k) {
-    const V x = delta * k.A;
-    const Exponential<V> e = exponential_with_remainder(x);
-    return {e.value, input_gain(e, x, k.inverse)};
+    const Exponential<V> e = exponential2(delta * k.rate);
+    const HeldInputs<V> p = held_inputs<kTerms>(delta, k.A, k.inverse, e.minus_one);
+    return {e.value, weighted(p.p1, p.p2, p.p3)};
   }
   template <class V>
   static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, const Coefficients<V>& k) {
-    const V x = delta * k.A;
-    const Exponential<V> e = exponential_with_remainder(x);
-    const V i1 = k.inverse, i2 = i1 * i1, i3 = i2 * i1, i4 = i2 * i2;
-    V c_delta = weighted<W1>(e.value) + V{};
-    if constexpr (W2 != 0 || W3 != 0) {
-      c_delta = weighted<W1>(e.value) + remainder_sum(e, x, weighted<W2>(i1), weighted<W3>(i2), Zero{}, Zero{});
-    }
-    const V c_A = remainder_sum(e, x, delta * weighted<W1>(i1), delta * weighted<W2>(i2) + weighted<-W1>(i2),
-                                delta * weighted<W3>(i3) + weighted<-2 * W2>(i3), weighted<-3 * W3>(i4));
-    return {e.value, e.value, input_gain(e, x, i1), c_delta, c_A};
+    const Exponential<V> e = exponential2(delta * k.rate);
+    const HeldInputs<V> p = held_inputs<kTerms + 1>(delta, k.A, k.inverse, e.minus_one);
+    return {e.value, e.value, weighted(p.p1, p.p2, p.p3), weighted(e.value, p.p1, p.p2),
+            weighted(delta * p.p1 - p.p2, delta * p.p2 - 2.0f * p.p3, delta * p.p3 - 3.0f * p.p4)};
   }
 };
+
+// The same for |A| >= 0.5, where no series is needed: then 1/A, 1/A² and 1/A³ are of one size, and in
+//   c = (a1 + a2 + a3)(e^x − 1) − x (a2 + a3 + x a3 / 2),   a_k = w_k / A^k,
+// what cancels is small beside c. Kernels use this forward where all their A allow it, and `AnyA` elsewhere.
+template <int W1, int W2, int W3>
+struct Hold : HoldSeries<W1, W2, W3> {
+  using AnyA = HoldSeries<W1, W2, W3>;
+  static constexpr float kSmallestA = 0.5f;
+  template <class V>
+  struct Coefficients {
+    V rate;     // A log2 e
+    V all;      // a1 + a2 + a3
+    V linear;   // of z = x log2 e: (a2 + a3) ln 2
+    V squared;  // a3 / 2 (ln 2)²
+  };
+  template <class V>
+  static MAMBA_SSM_HD Coefficients<V> prepare(V A) {
+    const V i = constant<V>(1.0f) / A;
+    const V a3 = (i * i * i) * (W3 / 6.0f), a2 = (i * i) * (W2 / 6.0f);
+    return {A * kLog2e, i * (W1 / 6.0f) + a2 + a3, (a2 + a3) * kLn2, a3 * (0.5f * kLn2 * kLn2)};
+  }
+  template <class V>
+  static MAMBA_SSM_HD Transition<V> forward(V delta, const Coefficients<V>& k) {
+    const V z = delta * k.rate;
+    const Exponential<V> e = exponential2(z);
+    V c = e.minus_one * k.all;
+    if constexpr (W3 != 0) {
+      c -= z * (z * k.squared + k.linear);
+    } else if constexpr (W2 != 0) {
+      c -= z * k.linear;
+    }
+    return {e.value, c};
+  }
+};
+
+// The form of a method that holds for every A: the method itself, or its AnyA.
+template <class Method>
+struct AnyAOf {
+  using type = Method;
+};
+template <class Method>
+  requires requires { typename Method::AnyA; }
+struct AnyAOf<Method> {
+  using type = typename Method::AnyA;
+};
+template <class Method>
+using ForAnyA = typename AnyAOf<Method>::type;
 
 // First-order hold as the paper defines it:  c = Δ² φ2(x) = A⁻²(e^x − 1 − x).
 struct Foh : Hold<0, 6, 0> {
@@ -282,107 +269,102 @@ struct ZohExact : Hold<6, 0, 0> {
   static constexpr const char* name = "zoh_exact";
 };
 
-// Rows whose c is a polynomial in Δ and x; Ā = e^x. `Series` gives c, ∂c/∂Δ and ∂c/∂A.
-template <class Series>
+// Rows whose c is a polynomial, c = Δ^P (m0 + m1 Δ + m2 Δ² + m3 Δ³) with P = 1 or 2 and m_i made of A; Ā = e^x.
+// `Input::coefficients(A)` gives the m_i and `Input::slopes(A)` their derivatives dm_i/dA.
+template <class V>
+struct Cubic {
+  V m0, m1, m2, m3;
+};
+template <class Input, int P>
 struct ExponentialWithPolynomialInput {
   static constexpr bool kInputIsDelta = false;
+  static constexpr bool kSlopeIsABar = true;
   template <class V>
-  static MAMBA_SSM_HD V prepare(V A) {
-    return A;
+  struct Coefficients {
+    V rate;  // A log2 e
+    Cubic<V> m, slope;
+  };
+  template <class V>
+  static MAMBA_SSM_HD Coefficients<V> prepare(V A) {
+    return {A * kLog2e, Input::coefficients(A), Input::slopes(A)};
   }
   template <class V>
-  static MAMBA_SSM_HD Transition<V> forward(V delta, V A) {
-    const V x = delta * A;
-    return {exponential(x), Series::c(delta, x)};
+  static MAMBA_SSM_HD V power(V delta) {
+    if constexpr (P == 1) {
+      return delta;
+    } else {
+      return delta * delta;
+    }
   }
   template <class V>
-  static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, V A) {
-    const V x = delta * A;
-    const V a_bar = exponential(x);
-    return {a_bar, a_bar, Series::c(delta, x), Series::c_delta(delta, x), Series::c_A(delta, x)};
+  static MAMBA_SSM_HD V cubic(V delta, const Cubic<V>& m) {
+    return ((m.m3 * delta + m.m2) * delta + m.m1) * delta + m.m0;
+  }
+  template <class V>
+  static MAMBA_SSM_HD Transition<V> forward(V delta, const Coefficients<V>& k) {
+    return {exponential2(delta * k.rate).value, power(delta) * cubic(delta, k.m)};
+  }
+  template <class V>
+  static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, const Coefficients<V>& k) {
+    const V a_bar = exponential2(delta * k.rate).value;
+    const Cubic<V> derivative{k.m.m0 * float(P), k.m.m1 * float(P + 1), k.m.m2 * float(P + 2), k.m.m3 * float(P + 3)};
+    const V c_delta = P == 1 ? cubic(delta, derivative) : delta * cubic(delta, derivative);
+    return {a_bar, a_bar, power(delta) * cubic(delta, k.m), c_delta, power(delta) * cubic(delta, k.slope)};
   }
 };
 
 // Runge–Kutta 4 for the input:  c = Δ(1 + x/2 + x²/6 + x³/24).
-struct Rk4 : ExponentialWithPolynomialInput<Rk4> {
+struct Rk4 : ExponentialWithPolynomialInput<Rk4, 1> {
   static constexpr const char* name = "rk4";
   template <class V>
-  static MAMBA_SSM_HD V c(V delta, V x) {
-    return delta * (x * (x * (x * (1.0f / 24) + 1.0f / 6) + 0.5f) + 1.0f);
+  static MAMBA_SSM_HD Cubic<V> coefficients(V A) {
+    return {constant<V>(1.0f), A * 0.5f, A * A * (1.0f / 6), A * A * A * (1.0f / 24)};
   }
   template <class V>
-  static MAMBA_SSM_HD V c_delta(V, V x) {
-    return x * (x * (x * (1.0f / 6) + 0.5f) + 1.0f) + 1.0f;
-  }
-  template <class V>
-  static MAMBA_SSM_HD V c_A(V delta, V x) {
-    return (delta * delta) * (x * (x * 0.125f + 1.0f / 3) + 0.5f);
+  static MAMBA_SSM_HD Cubic<V> slopes(V A) {
+    return {V{}, constant<V>(0.5f), A * (1.0f / 3), A * A * 0.125f};
   }
 };
 
-// The truncated coefficients of the published code, kept to reproduce it. They follow the rows above only for small |x|.
-// foh_taylor:  c = Δ²/2 + AΔ³/6 + A²Δ⁴/24 + A³Δ⁵/120.
-struct FohTaylor : ExponentialWithPolynomialInput<FohTaylor> {
+// The truncated coefficients of the published code, kept to reproduce it. They follow the rows above only for small
+// |x|. foh_taylor:  c = Δ²/2 + AΔ³/6 + A²Δ⁴/24 + A³Δ⁵/120.
+struct FohTaylor : ExponentialWithPolynomialInput<FohTaylor, 2> {
   static constexpr const char* name = "foh_taylor";
   template <class V>
-  static MAMBA_SSM_HD V c(V delta, V x) {
-    return (delta * delta) * (x * (x * (x * (1.0f / 120) + 1.0f / 24) + 1.0f / 6) + 0.5f);
+  static MAMBA_SSM_HD Cubic<V> coefficients(V A) {
+    return {constant<V>(0.5f), A * (1.0f / 6), A * A * (1.0f / 24), A * A * A * (1.0f / 120)};
   }
   template <class V>
-  static MAMBA_SSM_HD V c_delta(V delta, V x) {
-    return delta * (x * (x * (x * (1.0f / 24) + 1.0f / 6) + 0.5f) + 1.0f);
-  }
-  template <class V>
-  static MAMBA_SSM_HD V c_A(V delta, V x) {
-    return (delta * delta * delta) * (x * (x * (1.0f / 40) + 1.0f / 12) + 1.0f / 6);
+  static MAMBA_SSM_HD Cubic<V> slopes(V A) {
+    return {V{}, constant<V>(1.0f / 6), A * (1.0f / 12), A * A * (1.0f / 40)};
   }
 };
 
 // poly_taylor:  c = Δ + (A/2 + 1/4)Δ² + (A²/6 + A/12)Δ³ + (A³/24 + A²/48)Δ⁴.
-struct PolyTaylor : ExponentialWithPolynomialInput<PolyTaylor> {
+struct PolyTaylor : ExponentialWithPolynomialInput<PolyTaylor, 1> {
   static constexpr const char* name = "poly_taylor";
   template <class V>
-  static MAMBA_SSM_HD V c(V delta, V x) {
-    const V first = x * (x * (x * (1.0f / 24) + 1.0f / 6) + 0.5f) + 1.0f;
-    const V second = x * (x * (1.0f / 48) + 1.0f / 12) + 0.25f;
-    return delta * (delta * second + first);
+  static MAMBA_SSM_HD Cubic<V> coefficients(V A) {
+    return {constant<V>(1.0f), A * 0.5f + 0.25f, A * (A * (1.0f / 6) + 1.0f / 12),
+            A * A * (A * (1.0f / 24) + 1.0f / 48)};
   }
   template <class V>
-  static MAMBA_SSM_HD V c_delta(V delta, V x) {
-    const V first = x * (x * (x * (1.0f / 6) + 0.5f) + 1.0f) + 1.0f;
-    const V second = x * (x * (1.0f / 12) + 0.25f) + 0.5f;
-    return delta * second + first;
-  }
-  template <class V>
-  static MAMBA_SSM_HD V c_A(V delta, V x) {
-    const V first = x * (x * 0.125f + 1.0f / 3) + 0.5f;
-    const V second = x * (1.0f / 24) + 1.0f / 12;
-    return (delta * delta) * (delta * second + first);
+  static MAMBA_SSM_HD Cubic<V> slopes(V A) {
+    return {V{}, constant<V>(0.5f), A * (1.0f / 3) + 1.0f / 12, A * (A * 0.125f + 1.0f / 24)};
   }
 };
 
 // highorder_taylor:  c = Δ + (A/2 + 1/2)Δ² + (A²/6 + A/6 + 1/12)Δ³ + (A³/24 + A²/24 + A/48)Δ⁴.
-struct HighOrderTaylor : ExponentialWithPolynomialInput<HighOrderTaylor> {
+struct HighOrderTaylor : ExponentialWithPolynomialInput<HighOrderTaylor, 1> {
   static constexpr const char* name = "highorder_taylor";
   template <class V>
-  static MAMBA_SSM_HD V c(V delta, V x) {
-    const V first = x * (x * (x * (1.0f / 24) + 1.0f / 6) + 0.5f) + 1.0f;
-    const V second = x * (x * (1.0f / 24) + 1.0f / 6) + 0.5f;
-    const V third = x * (1.0f / 48) + 1.0f / 12;
-    return delta * (delta * (delta * third + second) + first);
+  static MAMBA_SSM_HD Cubic<V> coefficients(V A) {
+    return {constant<V>(1.0f), A * 0.5f + 0.5f, A * (A * (1.0f / 6) + 1.0f / 6) + 1.0f / 12,
+            A * (A * (A * (1.0f / 24) + 1.0f / 24) + 1.0f / 48)};
   }
   template <class V>
-  static MAMBA_SSM_HD V c_delta(V delta, V x) {
-    const V first = x * (x * (x * (1.0f / 6) + 0.5f) + 1.0f) + 1.0f;
-    const V second = x * (x * (1.0f / 6) + 0.5f) + 1.0f;
-    const V third = x * (1.0f / 12) + 0.25f;
-    return delta * (delta * third + second) + first;
-  }
-  template <class V>
-  static MAMBA_SSM_HD V c_A(V delta, V x) {
-    const V first = x * (x * 0.125f + 1.0f / 3) + 0.5f;
-    const V second = x * (1.0f / 12) + 1.0f / 6;
-    return (delta * delta) * (delta * (delta * (1.0f / 48) + second) + first);
+  static MAMBA_SSM_HD Cubic<V> slopes(V A) {
+    return {V{}, constant<V>(0.5f), A * (1.0f / 3) + 1.0f / 6, A * (A * 0.125f + 1.0f / 12) + 1.0f / 48};
   }
 };
 

@@ -27,9 +27,9 @@ struct ScanParams {
   std::int64_t batch, channels, length, states, groups;
   Activation u, delta, z, addend, out;
   InputMatrix B, C;
-  const float* A;  // (channels, states), contiguous
-  const float* D;           // (channels) or null
-  const float* delta_bias;  // (channels) or null
+  const float* A;              // (channels, states), contiguous
+  const float* D;              // (channels) or null
+  const float* delta_bias;     // (channels) or null
   const float* initial_state;  // (batch, channels, states) or null
   float* last_state;           // (batch, channels, states)
   float* checkpoints;          // (batch, chunks, states, channels): the state before each chunk; null: not kept

@@ -19,8 +19,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 
-// Steps between checkpoints. At least N, so that the checkpoints never outgrow the activations (B·D·L·N/chunk <= B·D·L).
-std::int64_t checkpoint_interval(std::int64_t states) { return std::clamp<std::int64_t>((states + 15) / 16 * 16, 32, 256); }
+// Steps between checkpoints. At least N, so that the checkpoints never outgrow the activations (B·D·L·N/chunk <=
+// B·D·L).
+std::int64_t checkpoint_interval(std::int64_t states) {
+  return std::clamp<std::int64_t>((states + 15) / 16 * 16, 32, 256);
+}
 constexpr std::int64_t kForwardChunk = 64;
 // The backward pass is cut into about this many tasks, whatever the machine, so that its sums do not depend on it.
 constexpr std::int64_t kBackwardTasks = 64;
@@ -35,8 +38,8 @@ const float* float_data(const OptionalTensor& tensor) {
 }
 
 Activation activation(const Tensor& t, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == like.size(0) && t.size(1) == like.size(1) && t.size(2) == like.size(2), name,
-                  " must have the shape of u (batch, channels, length)");
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == like.size(0) && t.size(1) == like.size(1) && t.size(2) == like.size(2),
+                  name, " must have the shape of u (batch, channels, length)");
   return {t.data_ptr(), kernel_dtype(t, name), t.stride(0), t.stride(1), t.stride(2)};
 }
 Activation activation(const OptionalTensor& t, const char* name, const Tensor& like) {
@@ -54,7 +57,8 @@ InputMatrix input_matrix(const Tensor& t, const char* name) {
 // (batch, channels, length), laid out in memory as `like` is: channel-last or not.
 Tensor new_activation(const Tensor& like, ScalarType dtype) {
   const std::int64_t b = like.size(0), d = like.size(1), l = like.size(2);
-  if (like.stride(1) == 1 && d > 1) return torch::stable::transpose(torch::stable::new_empty(like, {b, l, d}, dtype), 1, 2);
+  if (like.stride(1) == 1 && d > 1)
+    return torch::stable::transpose(torch::stable::new_empty(like, {b, l, d}, dtype), 1, 2);
   return torch::stable::new_empty(like, {b, d, l}, dtype);
 }
 Tensor new_floats(const Tensor& like, std::vector<std::int64_t> size) {
@@ -81,7 +85,8 @@ int find_method(const std::string& name) {
 class ScratchMemory {
  public:
   ScratchMemory(const ScanParams& p, int lanes, int step_rows, int state_rows) {
-    const std::int64_t steps = p.chunk * lanes, states = p.states * lanes;
+    // Three rows more than a chunk: one for the state before it, and so that the starts do not all share a cache set.
+    const std::int64_t steps = (p.chunk + 3) * lanes, states = p.states * lanes;
     const std::int64_t matrix = std::max((p.chunk * p.states + 15) / 16 * 16, states);
     const std::size_t bytes = 4 * (step_rows * steps + state_rows * states + 2 * matrix);
     memory_.reset(static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
@@ -134,9 +139,10 @@ ScanParams make_params(const Tensor& u, const Tensor& delta, const Tensor& A, co
 }
 
 std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
-                                                OptionalTensor z, OptionalTensor delta_bias, OptionalTensor initial_state,
-                                                OptionalTensor addend, double scale, bool delta_softplus, bool reverse,
-                                                std::string method, bool float_out, bool save_checkpoints) {
+                                                OptionalTensor z, OptionalTensor delta_bias,
+                                                OptionalTensor initial_state, OptionalTensor addend, double scale,
+                                                bool delta_softplus, bool reverse, std::string method, bool float_out,
+                                                bool save_checkpoints) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
   A = contiguous_float(A, "A");
   if (D.has_value()) D = contiguous_float(*D, "D");
@@ -176,12 +182,13 @@ Tensor sum_batch(const Tensor& parts, std::vector<std::int64_t> size, const Tens
   return total;
 }
 
-// The gradient of B or C: the tasks' partial sums (batch, groups, splits, states, length), added in order. The result is
-// (batch, groups, states, length) with the states innermost in memory where the input has them so.
+// The gradient of B or C: the tasks' partial sums (batch, groups, splits, states, length), added in order. The result
+// is (batch, groups, states, length) with the states innermost in memory where the input has them so.
 Tensor sum_splits(const Tensor& parts, bool states_innermost) {
   const std::int64_t batch = parts.size(0), groups = parts.size(1), splits = parts.size(2), states = parts.size(3),
                      length = parts.size(4), size = states * length;
-  Tensor total = states_innermost ? new_floats(parts, {batch, groups, length, states}) : new_floats(parts, {batch, groups, states, length});
+  Tensor total = states_innermost ? new_floats(parts, {batch, groups, length, states})
+                                  : new_floats(parts, {batch, groups, states, length});
   const float* source = static_cast<const float*>(parts.data_ptr());
   float* target = static_cast<float*>(total.data_ptr());
   torch::stable::parallel_for(0, batch * groups, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -206,8 +213,8 @@ Tensor sum_splits(const Tensor& parts, bool states_innermost) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
     Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
-    OptionalTensor z, OptionalTensor delta_bias, OptionalTensor addend, Tensor checkpoints, double scale, bool delta_softplus,
-    bool reverse, std::string method) {
+    OptionalTensor z, OptionalTensor delta_bias, OptionalTensor addend, Tensor checkpoints, double scale,
+    bool delta_softplus, bool reverse, std::string method) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
   A = contiguous_float(A, "A");
   if (D.has_value()) D = contiguous_float(*D, "D");
@@ -239,8 +246,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   g.splits = std::clamp<std::int64_t>((kBackwardTasks + p.batch * p.groups - 1) / (p.batch * p.groups), 1,
                                       blocks_per_group(p, kernels.lanes));
   const auto new_sums = [&](const InputMatrix& m) {
-    return m.constant ? new_floats(u, {p.batch, p.channels, p.states})
-                      : torch::stable::new_zeros(u, {p.batch, p.groups, g.splits, p.states, p.length}, ScalarType::Float);
+    return m.constant
+               ? new_floats(u, {p.batch, p.channels, p.states})
+               : torch::stable::new_zeros(u, {p.batch, p.groups, g.splits, p.states, p.length}, ScalarType::Float);
   };
   Tensor dB = new_sums(p.B), dC = new_sums(p.C);
   g.dout = activation(dout, "dout", u);

@@ -11,6 +11,9 @@
 // the number of threads.
 #pragma once
 
+#include <initializer_list>
+#include <type_traits>
+
 #include "discretization.h"
 #include "params.h"
 #include "scan_cpu_table.h"
@@ -38,6 +41,12 @@ struct Chunk {
 // rows[step][lane] = activation(block.batch, block.channel + lane, chunk.time(step))
 MAMBA_SSM_ONCE void load_rows(const Activation& a, const Block& block, const Chunk& chunk, float* rows) {
   const std::int64_t base = block.batch * a.batch + block.channel * a.channel;
+  if (a.channel == 1 && block.count == kLanes && a.dtype == Dtype::f32) {
+    const float* p = static_cast<const float*>(a.data) + base + chunk.time(0) * a.time;
+    const std::int64_t stride = chunk.reverse ? -a.time : a.time;
+    for (int t = 0; t < chunk.steps; ++t) store(rows + t * kLanes, load(p + t * stride));
+    return;
+  }
   if (a.channel == 1 || block.count == 1) {
     for (int t = 0; t < chunk.steps; ++t) {
       store(rows + t * kLanes, load_elements(a.data, base + chunk.time(t) * a.time, a.dtype, block.count));
@@ -58,13 +67,29 @@ MAMBA_SSM_ONCE void load_rows(const Activation& a, const Block& block, const Chu
   }
   for (; t < chunk.steps; ++t) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      rows[t * kLanes + lane] = lane < block.count ? load_element(a.data, base + lane * a.channel + chunk.time(t) * a.time, a.dtype) : 0.0f;
+      rows[t * kLanes + lane] =
+          lane < block.count ? load_element(a.data, base + lane * a.channel + chunk.time(t) * a.time, a.dtype) : 0.0f;
     }
   }
 }
 
+// Asks for the rows of a chunk that will be loaded soon. Channel-last rows lie a page apart, where no hardware
+// prefetcher follows; the other layouts need no help.
+MAMBA_SSM_INLINE void prefetch_rows(const Activation& a, const Block& block, const Chunk& chunk) {
+  if (a.data == nullptr || a.channel != 1) return;
+  const int size = element_size(a.dtype);
+  const char* base = static_cast<const char*>(a.data) + (block.batch * a.batch + block.channel) * size;
+  for (int t = 0; t < chunk.steps; ++t) __builtin_prefetch(base + chunk.time(t) * a.time * size);
+}
+
 MAMBA_SSM_ONCE void store_rows(const Activation& a, const Block& block, const Chunk& chunk, const float* rows) {
   const std::int64_t base = block.batch * a.batch + block.channel * a.channel;
+  if (a.channel == 1 && block.count == kLanes && a.dtype == Dtype::f32) {
+    float* p = static_cast<float*>(a.data) + base + chunk.time(0) * a.time;
+    const std::int64_t stride = chunk.reverse ? -a.time : a.time;
+    for (int t = 0; t < chunk.steps; ++t) store(p + t * stride, load(rows + t * kLanes));
+    return;
+  }
   if (a.channel == 1 || block.count == 1) {
     for (int t = 0; t < chunk.steps; ++t) {
       store_elements(a.data, base + chunk.time(t) * a.time, a.dtype, block.count, load(rows + t * kLanes));
@@ -97,7 +122,7 @@ struct StateRows {
 };
 
 MAMBA_SSM_ONCE StateRows stage_state_rows(const InputMatrix& m, std::int64_t batch, std::int64_t group,
-                                            const Chunk& chunk, std::int64_t states, float* buffer) {
+                                          const Chunk& chunk, std::int64_t states, float* buffer) {
   const std::int64_t base = batch * m.batch + group * m.group;
   if (m.dtype == Dtype::f32 && m.state == 1) {
     return {static_cast<const float*>(m.data) + base + chunk.time(0) * m.time, chunk.reverse ? -m.time : m.time};
@@ -115,10 +140,11 @@ MAMBA_SSM_ONCE StateRows stage_state_rows(const InputMatrix& m, std::int64_t bat
   return {buffer, states};
 }
 
-// One row of lanes per state, from a matrix (channels, states) and back.
-MAMBA_SSM_ONCE void load_states(const float* matrix, std::int64_t states, const Block& block, float* rows) {
+// One row of lanes per state, from a matrix (channels, states) and back. `unused` fills the lanes past the block.
+MAMBA_SSM_ONCE void load_states(const float* matrix, std::int64_t states, const Block& block, float* rows,
+                                float unused = 0.0f) {
   for (std::int64_t n = 0; n < states; ++n) {
-    vfloat v{};
+    vfloat v = splat(unused);
     if (matrix != nullptr) {
       for (int lane = 0; lane < block.count; ++lane) v[lane] = matrix[(block.channel + lane) * states + n];
     }
@@ -127,7 +153,8 @@ MAMBA_SSM_ONCE void load_states(const float* matrix, std::int64_t states, const 
 }
 MAMBA_SSM_ONCE void store_states(float* matrix, std::int64_t states, const Block& block, const float* rows) {
   for (std::int64_t n = 0; n < states; ++n) {
-    for (int lane = 0; lane < block.count; ++lane) matrix[(block.channel + lane) * states + n] = rows[n * kLanes + lane];
+    for (int lane = 0; lane < block.count; ++lane)
+      matrix[(block.channel + lane) * states + n] = rows[n * kLanes + lane];
   }
 }
 MAMBA_SSM_ONCE void load_constant_matrix(const InputMatrix& m, std::int64_t states, const Block& block, float* rows) {
@@ -164,11 +191,13 @@ struct StateColumn {
   }
 };
 
-// Δ of a chunk from the staged delta, in place.
-MAMBA_SSM_ONCE void apply_delta_rule(const ScanParams& p, vfloat bias, int steps, float* delta) {
+// Δ of a chunk from the staged delta, in place, and dΔ/d delta for the backward pass (where `slope` is not null).
+MAMBA_SSM_ONCE void apply_delta_rule(const ScanParams& p, vfloat bias, int steps, float* delta, float* slope) {
   for (int t = 0; t < steps; ++t) {
     const vfloat raw = load(delta + t * kLanes) + bias;
-    store(delta + t * kLanes, p.delta_softplus ? softplus(raw) : raw);
+    const Softplus rule = p.delta_softplus ? softplus(raw) : Softplus{raw, splat(1.0f)};
+    store(delta + t * kLanes, rule.value);
+    if (slope != nullptr) store(slope + t * kLanes, rule.slope);
   }
 }
 
@@ -176,8 +205,10 @@ MAMBA_SSM_INLINE vfloat load_parameter(const float* parameter, const Block& bloc
   return parameter == nullptr ? vfloat{} : load_elements(parameter, block.channel, Dtype::f32, block.count);
 }
 
+// From step `first` on; without steps where that is outside the sequence.
 MAMBA_SSM_INLINE Chunk chunk_at(const ScanParams& p, std::int64_t first) {
-  return {first, static_cast<int>(p.chunk < p.length - first ? p.chunk : p.length - first), p.length, p.reverse};
+  const std::int64_t left = first < 0 || first > p.length ? 0 : p.length - first;
+  return {first, static_cast<int>(p.chunk < left ? p.chunk : left), p.length, p.reverse};
 }
 MAMBA_SSM_INLINE std::int64_t chunk_count(const ScanParams& p) { return (p.length + p.chunk - 1) / p.chunk; }
 MAMBA_SSM_INLINE float* checkpoint(const ScanParams& p, const Block& block, std::int64_t chunk, std::int64_t n) {
@@ -185,8 +216,8 @@ MAMBA_SSM_INLINE float* checkpoint(const ScanParams& p, const Block& block, std:
 }
 
 // Points `rows` at the constant form, staged once per block, or stages the chunk of the varying form.
-MAMBA_SSM_INLINE StateRows matrix_rows(const InputMatrix& m, const ScanParams& p, const Block& block, std::int64_t group,
-                                       const Chunk& chunk, float* buffer) {
+MAMBA_SSM_INLINE StateRows matrix_rows(const InputMatrix& m, const ScanParams& p, const Block& block,
+                                       std::int64_t group, const Chunk& chunk, float* buffer) {
   return m.constant ? StateRows{buffer, 0} : stage_state_rows(m, block.batch, group, chunk, p.states, buffer);
 }
 
@@ -201,6 +232,12 @@ struct ForwardRows {
   float* state;
   StateRows B, C;
 };
+
+MAMBA_SSM_INLINE bool all_at_least(const float* A, int rows, float smallest) {
+  bool all = true;
+  for (int i = 0; i < rows * kLanes; ++i) all &= A[i] >= smallest || A[i] <= -smallest;
+  return all;
+}
 
 // The steps of `Unroll` neighbouring states, side by side so that their chains of dependent operations overlap.
 template <class Method, int Unroll, bool ConstantB, bool ConstantC>
@@ -236,8 +273,16 @@ template <class Method, bool ConstantB, bool ConstantC>
 void scan_states(const ForwardRows& rows, std::int64_t states, int steps) {
   constexpr int kUnroll = kLanes == 16 ? 4 : 2;
   std::int64_t n = 0;
-  for (; n + kUnroll <= states; n += kUnroll) scan_unrolled<Method, kUnroll, ConstantB, ConstantC>(rows, n, steps);
-  for (; n < states; ++n) scan_unrolled<Method, 1, ConstantB, ConstantC>(rows, n, steps);
+  for (; n + kUnroll <= states; n += kUnroll) {
+    if constexpr (!std::is_same_v<Method, ForAnyA<Method>>) {
+      if (!all_at_least(rows.A + n * kLanes, kUnroll, Method::kSmallestA)) {
+        scan_unrolled<ForAnyA<Method>, kUnroll, ConstantB, ConstantC>(rows, n, steps);
+        continue;
+      }
+    }
+    scan_unrolled<Method, kUnroll, ConstantB, ConstantC>(rows, n, steps);
+  }
+  for (; n < states; ++n) scan_unrolled<ForAnyA<Method>, 1, ConstantB, ConstantC>(rows, n, steps);
 }
 using ScanStates = void (*)(const ForwardRows&, std::int64_t, int);
 
@@ -253,7 +298,7 @@ MAMBA_SSM_ONCE void forward_block(const ScanParams& p, ScanStates scan, const Bl
   float* state = scratch.state_rows(1);
 
   const std::int64_t batch_offset = block.batch * p.channels * p.states;
-  load_states(p.A, p.states, block, A);
+  load_states(p.A, p.states, block, A, -1.0f);
   load_states(p.initial_state == nullptr ? nullptr : p.initial_state + batch_offset, p.states, block, state);
   if (p.B.constant) load_constant_matrix(p.B, p.states, block, scratch.B);
   if (p.C.constant) load_constant_matrix(p.C, p.states, block, scratch.C);
@@ -266,13 +311,14 @@ MAMBA_SSM_ONCE void forward_block(const ScanParams& p, ScanStates scan, const Bl
       }
     }
     load_rows(p.delta, block, chunk, delta);
-    apply_delta_rule(p, bias, chunk.steps, delta);
+    apply_delta_rule(p, bias, chunk.steps, delta, nullptr);
     load_rows(p.u, block, chunk, u);
     if (p.addend.data != nullptr) load_rows(p.addend, block, chunk, other);
     for (int t = 0; t < chunk.steps; ++t) {
       const vfloat start = skip * load(u + t * kLanes);
       store(y + t * kLanes, p.addend.data == nullptr ? start : start + load(other + t * kLanes));
     }
+    for (const Activation& a : {p.delta, p.u, p.z, p.addend}) prefetch_rows(a, block, chunk_at(p, first + p.chunk));
     scan({delta, u, y, A, state, matrix_rows(p.B, p, block, group, chunk, scratch.B),
           matrix_rows(p.C, p, block, group, chunk, scratch.C)},
          p.states, chunk.steps);
@@ -288,193 +334,253 @@ MAMBA_SSM_ONCE void forward_block(const ScanParams& p, ScanStates scan, const Bl
 
 // ---- backward --------------------------------------------------------------------------------------------------
 
-// Sum over lanes of a chunk's worth of vectors, one per step, added to `sums` at their positions in time.
-MAMBA_SSM_ONCE void add_lane_sums(const float* __restrict vectors, const Chunk& chunk, float* __restrict sums) {
+// The gradient of B or C at each step is a product of rows, summed over lanes: a·b, or a·b·c.
+struct RowProduct {
+  const float* a;
+  const float* b;
+  const float* c;  // or null
+  MAMBA_SSM_INLINE vfloat operator()(std::int64_t step) const {
+    const std::int64_t i = step * kLanes;
+    return c == nullptr ? load(a + i) * load(b + i) : load(a + i) * load(b + i) * load(c + i);
+  }
+};
+
+// Adds the lanes' sums of the chunk's products to `sums`, at their positions in time.
+MAMBA_SSM_ONCE void add_lane_sums(const RowProduct& product, const Chunk& chunk, float* sums) {
   int t = 0;
   for (; t + kLanes <= chunk.steps; t += kLanes) {
-    vfloat tile[kLanes];
-    for (int i = 0; i < kLanes; ++i) tile[i] = load(vectors + (t + (chunk.reverse ? kLanes - 1 - i : i)) * kLanes);
-    float* target = sums + (chunk.reverse ? chunk.time(t + kLanes - 1) : chunk.time(t));
-    store(target, load(target) + sum_lanes(tile));
+    const int earliest = chunk.reverse ? t + kLanes - 1 : t;  // in time
+    float* target = sums + chunk.time(earliest);
+    store(target, load(target) + sum_lanes<kLanes>(product, earliest, chunk.reverse ? -1 : 1));
   }
-  if (t < chunk.steps) {
-    vfloat tile[kLanes] = {};
-    for (int i = 0; t + i < chunk.steps; ++i) tile[i] = load(vectors + (t + i) * kLanes);
-    const vfloat rest = sum_lanes(tile);
-    for (int i = 0; t + i < chunk.steps; ++i) sums[chunk.time(t + i)] += rest[i];
+  for (; t < chunk.steps; ++t) {
+    const vfloat v = product(t);
+    float sum = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
+    sums[chunk.time(t)] += sum;
   }
 }
 
-MAMBA_SSM_INLINE vfloat sum_steps(const float* vectors, int steps) {
+// Adds the products' sum over the chunk's steps to the row `sums`.
+MAMBA_SSM_ONCE void add_step_sums(const RowProduct& product, const Chunk& chunk, float* sums) {
   vfloat sum{};
-  for (int t = 0; t < steps; ++t) sum += load(vectors + t * kLanes);
-  return sum;
+  for (int t = 0; t < chunk.steps; ++t) sum += product(t);
+  store(sums, load(sums) + sum);
 }
+
+constexpr int kAdjointUnroll = 2;
 
 struct BackwardRows {
-  const float* __restrict delta;
-  const float* __restrict u;
-  const float* __restrict dy;
-  float* __restrict y;       // null where no gate needs it
-  float* __restrict du;      // summed over the states
-  float* __restrict ddelta;  // summed over the states
-  float* __restrict dB;      // of one state
-  float* __restrict dC;
-  float* __restrict h;  // the state before each step, and the discretization at it
-  float* __restrict a_bar;
-  float* __restrict slope;
-  float* __restrict c;
-  float* __restrict c_delta;
-  float* __restrict c_A;
+  const float* delta;
+  const float* u;
+  const float* dy;
+  float* y;       // null where no gate needs it
+  float* du;      // summed over the states
+  float* ddelta;  // summed over the states
   const float* A;
   float* adjoint;  // Ā_{t+1} g_{t+1}
   float* dA;
   StateRows B, C;
+  struct State {
+    float* h;  // after each step; one row more in front, the state before the chunk
+    float* g;  // dL/dh
+    float* a_bar;
+    float* slope;
+    float* c;
+    float* c_delta;
+    float* c_A;
+  } state[kAdjointUnroll];
 };
 
-// One state over a chunk: its states again from `h` before the chunk, then the adjoint from the last step to the first.
-template <class Method, bool ConstantB, bool ConstantC>
-void adjoint_states(const BackwardRows& rows, std::int64_t n, vfloat h, int steps) {
+// `Unroll` neighbouring states over a chunk: their values again from the one before the chunk, then the adjoint from
+// the last step to the first.
+template <class Method, int Unroll, bool ConstantB, bool ConstantC>
+void adjoint_states(const BackwardRows& rows, std::int64_t n, int steps) {
+  using Adjoint = ForAnyA<Method>;
   const float* __restrict delta = rows.delta;
   const float* __restrict u = rows.u;
   const float* __restrict dy = rows.dy;
-  const vfloat A = load(rows.A + n * kLanes);
-  const auto k = Method::prepare(A);
-  const StateColumn<ConstantB> B(rows.B, n);
-  const StateColumn<ConstantC> C(rows.C, n);
+  float* __restrict y = rows.y;
+  float* __restrict du = rows.du;
+  float* __restrict ddelta = rows.ddelta;
+  BackwardRows::State s[Unroll];
+  decltype(Adjoint::prepare(vfloat{})) k[Unroll];
+  StateColumn<ConstantB> B[Unroll];
+  StateColumn<ConstantC> C[Unroll];
+  vfloat A[Unroll], h[Unroll], carried[Unroll], dA[Unroll];
+  for (int j = 0; j < Unroll; ++j) {
+    s[j] = rows.state[j];
+    A[j] = load(rows.A + (n + j) * kLanes);
+    k[j] = Adjoint::prepare(A[j]);
+    B[j] = StateColumn<ConstantB>(rows.B, n + j);
+    C[j] = StateColumn<ConstantC>(rows.C, n + j);
+    h[j] = load(s[j].h - kLanes);
+    carried[j] = load(rows.adjoint + (n + j) * kLanes);
+    dA[j] = vfloat{};  // summed chunk by chunk: the rounding error grows with the chunk, not with the sequence
+  }
 
   for (int t = 0; t < steps; ++t) {
     const std::int64_t i = t * kLanes;
-    const auto step = Method::gradient(load(delta + i), k);
-    store(rows.h + i, h);
-    store(rows.a_bar + i, step.a_bar);
-    if constexpr (!Method::kInputIsDelta) {
-      store(rows.slope + i, step.slope);
-      store(rows.c + i, step.c);
-      store(rows.c_delta + i, step.c_delta);
-      store(rows.c_A + i, step.c_A);
+    const vfloat delta_t = load(delta + i), u_t = load(u + i);
+    vfloat sum{};
+    for (int j = 0; j < Unroll; ++j) {
+      const auto step = Adjoint::gradient(delta_t, k[j]);
+      h[j] = step.a_bar * h[j] + (step.c * u_t) * B[j][t];
+      sum += C[j][t] * h[j];
+      store(s[j].h + i, h[j]);
+      store(s[j].a_bar + i, step.a_bar);
+      if constexpr (!Method::kSlopeIsABar) store(s[j].slope + i, step.slope);
+      if constexpr (!Method::kInputIsDelta) {
+        store(s[j].c + i, step.c);
+        store(s[j].c_delta + i, step.c_delta);
+        store(s[j].c_A + i, step.c_A);
+      }
     }
-    h = step.a_bar * h + (step.c * load(u + i)) * B[t];
-    store(rows.dC + i, load(dy + i) * h);
-    if (rows.y != nullptr) store(rows.y + i, load(rows.y + i) + C[t] * h);
+    if (y != nullptr) store(y + i, load(y + i) + sum);
   }
 
-  vfloat carried = load(rows.adjoint + n * kLanes);
-  vfloat dA{};
   for (int t = steps - 1; t >= 0; --t) {
     const std::int64_t i = t * kLanes;
-    const vfloat delta_t = load(delta + i);
-    const vfloat u_t = load(u + i);
-    const vfloat a_bar = load(rows.a_bar + i);
-    const vfloat g = C[t] * load(dy + i) + carried;
-    const vfloat gB = g * B[t];
-    carried = g * a_bar;
-    if constexpr (Method::kInputIsDelta) {
-      const vfloat through_state = carried * load(rows.h + i);
-      store(rows.dB + i, g * (delta_t * u_t));
-      store(rows.du + i, load(rows.du + i) + gB * delta_t);
-      store(rows.ddelta + i, load(rows.ddelta + i) + (through_state * A + gB * u_t));
-      dA += through_state * delta_t;
-    } else {
-      const vfloat through_state = g * load(rows.h + i) * load(rows.slope + i);
-      const vfloat gBu = gB * u_t;
-      const vfloat c = load(rows.c + i);
-      store(rows.dB + i, g * (c * u_t));
-      store(rows.du + i, load(rows.du + i) + gB * c);
-      store(rows.ddelta + i, load(rows.ddelta + i) + (through_state * A + gBu * load(rows.c_delta + i)));
-      dA += through_state * delta_t + gBu * load(rows.c_A + i);
+    const vfloat delta_t = load(delta + i), u_t = load(u + i), dy_t = load(dy + i);
+    vfloat du_t = load(du + i), ddelta_t = load(ddelta + i);
+    for (int j = 0; j < Unroll; ++j) {
+      const vfloat a_bar = load(s[j].a_bar + i);
+      const vfloat g = C[j][t] * dy_t + carried[j];
+      const vfloat gB = g * B[j][t];
+      carried[j] = g * a_bar;
+      store(s[j].g + i, g);
+      vfloat through_state = load(s[j].h + i - kLanes);
+      if constexpr (Method::kSlopeIsABar) {
+        through_state *= carried[j];
+      } else {
+        through_state *= g * load(s[j].slope + i);
+      }
+      ddelta_t += through_state * A[j];
+      dA[j] += through_state * delta_t;
+      if constexpr (Method::kInputIsDelta) {
+        du_t += gB * delta_t;
+        ddelta_t += gB * u_t;
+      } else {
+        const vfloat gBu = gB * u_t;
+        du_t += gB * load(s[j].c + i);
+        ddelta_t += gBu * load(s[j].c_delta + i);
+        dA[j] += gBu * load(s[j].c_A + i);
+      }
     }
+    store(du + i, du_t);
+    store(ddelta + i, ddelta_t);
   }
-  store(rows.adjoint + n * kLanes, carried);
-  store(rows.dA + n * kLanes, load(rows.dA + n * kLanes) + dA);
+  for (int j = 0; j < Unroll; ++j) {
+    store(rows.adjoint + (n + j) * kLanes, carried[j]);
+    store(rows.dA + (n + j) * kLanes, load(rows.dA + (n + j) * kLanes) + dA[j]);
+  }
 }
-using AdjointStates = void (*)(const BackwardRows&, std::int64_t, vfloat, int);
+using AdjointStates = void (*)(const BackwardRows&, std::int64_t n, int steps);
+// The loops for one state and for kAdjointUnroll of them.
+struct AdjointLoops {
+  AdjointStates one, unrolled;
+  bool input_is_delta;
+};
 
-MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, AdjointStates adjoint, const Block& block,
-                                   std::int64_t group, std::int64_t split, const ScanScratch& scratch) {
+MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, const AdjointLoops& loops,
+                                   const Block& block, std::int64_t group, std::int64_t split,
+                                   const ScanScratch& scratch) {
   const vfloat bias = load_parameter(p.delta_bias, block);
   const vfloat skip = load_parameter(p.D, block);
   const bool gated = p.z.data != nullptr;
-  float* z = scratch.step_rows(14);
-  float* raw = scratch.step_rows(15);  // dout, or delta before bias and softplus
-  float *delta = scratch.step_rows(0), *u = scratch.step_rows(1), *dy = scratch.step_rows(2), *y = scratch.step_rows(3),
-        *du = scratch.step_rows(4), *ddelta = scratch.step_rows(5), *dB = scratch.step_rows(6), *dC = scratch.step_rows(7);
+  int row = 0;
+  float *delta = scratch.step_rows(row++), *u = scratch.step_rows(row++), *dy = scratch.step_rows(row++),
+        *y = scratch.step_rows(row++), *du = scratch.step_rows(row++), *ddelta = scratch.step_rows(row++),
+        *dz = scratch.step_rows(row++),  // z at first
+            *softplus_slope = scratch.step_rows(row++);
   float *A = scratch.state_rows(0), *carried = scratch.state_rows(1), *dA = scratch.state_rows(2),
-        *dB_constant = scratch.state_rows(3), *dC_constant = scratch.state_rows(4);
-  BackwardRows rows{delta, u, dy, gated ? y : nullptr, du, ddelta, dB, dC, scratch.step_rows(8), scratch.step_rows(9),
-                    scratch.step_rows(10), scratch.step_rows(11), scratch.step_rows(12), scratch.step_rows(13), A, carried,
-                    dA, {}, {}};
+        *dB = scratch.state_rows(3), *dC = scratch.state_rows(4);
+  BackwardRows rows{delta, u, dy, gated ? y : nullptr, du, ddelta, A, carried, dA, {}, {}, {}};
+  for (BackwardRows::State& s : rows.state) {
+    s.h = scratch.step_rows(row++) + kLanes;
+    for (float** pointer : {&s.g, &s.a_bar, &s.slope, &s.c, &s.c_delta, &s.c_A}) *pointer = scratch.step_rows(row++);
+    if (loops.input_is_delta) s.c = delta;
+  }
 
   const std::int64_t batch_offset = block.batch * p.channels * p.states;
-  load_states(p.A, p.states, block, A);
+  load_states(p.A, p.states, block, A, -1.0f);
   load_states(g.dlast_state == nullptr ? nullptr : g.dlast_state + batch_offset, p.states, block, carried);
   load_states(nullptr, p.states, block, dA);
-  load_states(nullptr, p.states, block, dB_constant);
-  load_states(nullptr, p.states, block, dC_constant);
+  load_states(nullptr, p.states, block, dB);
+  load_states(nullptr, p.states, block, dC);
   if (p.B.constant) load_constant_matrix(p.B, p.states, block, scratch.B);
   if (p.C.constant) load_constant_matrix(p.C, p.states, block, scratch.C);
 
   vfloat dD{}, dbias{};
   for (std::int64_t index = chunk_count(p) - 1; index >= 0; --index) {
     const Chunk chunk = chunk_at(p, index * p.chunk);
-    load_rows(p.delta, block, chunk, raw);
-    for (int t = 0; t < chunk.steps; ++t) store(delta + t * kLanes, load(raw + t * kLanes));
-    apply_delta_rule(p, bias, chunk.steps, delta);
+    load_rows(p.delta, block, chunk, delta);
+    apply_delta_rule(p, bias, chunk.steps, delta, softplus_slope);
     load_rows(p.u, block, chunk, u);
     load_rows(g.dout, block, chunk, dy);
-    if (gated) load_rows(p.z, block, chunk, z);
+    if (gated) load_rows(p.z, block, chunk, dz);
     if (gated && p.addend.data != nullptr) load_rows(p.addend, block, chunk, y);
+    vfloat chunk_dD{}, chunk_dbias{};
     for (int t = 0; t < chunk.steps; ++t) {
       const std::int64_t i = t * kLanes;
       vfloat gradient = load(dy + i) * p.scale;
       if (gated) {
-        const vfloat z_t = load(z + i), s = sigmoid(z_t);
-        store(z + i, gradient * silu_slope(z_t, s));  // dL/dz, but for the factor y
-        gradient *= z_t * s;
+        const vfloat z = load(dz + i), s = sigmoid(z);
+        store(dz + i, gradient * silu_slope(z, s));  // but for the factor y
+        gradient *= z * s;
         const vfloat start = skip * load(u + i);
         store(y + i, p.addend.data == nullptr ? start : start + load(y + i));
       }
       store(dy + i, gradient);
-      dD += gradient * load(u + i);
+      chunk_dD += gradient * load(u + i);
       store(du + i, gradient * skip);
       store(ddelta + i, vfloat{});
     }
 
     rows.B = matrix_rows(p.B, p, block, group, chunk, scratch.B);
     rows.C = matrix_rows(p.C, p, block, group, chunk, scratch.C);
+    for (const Activation& a : {p.delta, p.u, p.z, g.dout}) prefetch_rows(a, block, chunk_at(p, (index - 1) * p.chunk));
     const std::int64_t sums = ((block.batch * p.groups + group) * g.splits + split) * p.states * p.length;
-    for (std::int64_t n = 0; n < p.states; ++n) {
-      adjoint(rows, n, load_elements(checkpoint(p, block, index, n), 0, Dtype::f32, block.count), chunk.steps);
-      float* constant = dB_constant + n * kLanes;
-      if (p.B.constant) {
-        store(constant, load(constant) + sum_steps(dB, chunk.steps));
-      } else {
-        add_lane_sums(dB, chunk, g.dB + sums + n * p.length);
+    for (std::int64_t n = 0; n < p.states;) {
+      const int count = p.states - n >= kAdjointUnroll ? kAdjointUnroll : 1;
+      for (int j = 0; j < count; ++j) {
+        const float* before = checkpoint(p, block, index, n + j);
+        store(rows.state[j].h - kLanes, load_elements(before, 0, Dtype::f32, block.count));
       }
-      constant = dC_constant + n * kLanes;
-      if (p.C.constant) {
-        store(constant, load(constant) + sum_steps(dC, chunk.steps));
-      } else {
-        add_lane_sums(dC, chunk, g.dC + sums + n * p.length);
+      (count == 1 ? loops.one : loops.unrolled)(rows, n, chunk.steps);
+      for (int j = 0; j < count; ++j, ++n) {
+        const RowProduct for_B{rows.state[j].g, rows.state[j].c, u}, for_C{rows.state[j].h, dy, nullptr};
+        if (p.B.constant) {
+          add_step_sums(for_B, chunk, dB + n * kLanes);
+        } else {
+          add_lane_sums(for_B, chunk, g.dB + sums + n * p.length);
+        }
+        if (p.C.constant) {
+          add_step_sums(for_C, chunk, dC + n * kLanes);
+        } else {
+          add_lane_sums(for_C, chunk, g.dC + sums + n * p.length);
+        }
       }
     }
 
     for (int t = 0; t < chunk.steps; ++t) {
       const std::int64_t i = t * kLanes;
-      if (gated) store(z + i, load(z + i) * load(y + i));
-      const vfloat gradient = p.delta_softplus ? load(ddelta + i) * sigmoid(load(raw + i) + bias) : load(ddelta + i);
-      dbias += gradient;
+      if (gated) store(dz + i, load(dz + i) * load(y + i));
+      const vfloat gradient = load(ddelta + i) * load(softplus_slope + i);
+      chunk_dbias += gradient;
       store(ddelta + i, gradient);
     }
-    if (gated) store_rows(g.dz, block, chunk, z);
+    dD += chunk_dD;
+    dbias += chunk_dbias;
+    if (gated) store_rows(g.dz, block, chunk, dz);
     if (p.addend.data != nullptr) store_rows(g.daddend, block, chunk, dy);
     store_rows(g.du, block, chunk, du);
     store_rows(g.ddelta, block, chunk, ddelta);
   }
   store_states(g.dinitial_state + batch_offset, p.states, block, carried);
   store_states(g.dA + batch_offset, p.states, block, dA);
-  if (p.B.constant) store_states(g.dB + batch_offset, p.states, block, dB_constant);
-  if (p.C.constant) store_states(g.dC + batch_offset, p.states, block, dC_constant);
+  if (p.B.constant) store_states(g.dB + batch_offset, p.states, block, dB);
+  if (p.C.constant) store_states(g.dC + batch_offset, p.states, block, dC);
   const std::int64_t channel = block.batch * p.channels + block.channel;
   if (g.dD != nullptr) store_elements(g.dD, channel, Dtype::f32, block.count, dD);
   if (g.ddelta_bias != nullptr) store_elements(g.ddelta_bias, channel, Dtype::f32, block.count, dbias);
@@ -486,15 +592,20 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
 struct MethodLoops {
   const char* name;
   ScanStates scan[2][2];
-  AdjointStates adjoint[2][2];
+  AdjointLoops adjoint[2][2];
 };
+template <class Method, bool ConstantB, bool ConstantC>
+constexpr AdjointLoops adjoint_loops() {
+  return {adjoint_states<Method, 1, ConstantB, ConstantC>, adjoint_states<Method, kAdjointUnroll, ConstantB, ConstantC>,
+          Method::kInputIsDelta};
+}
 template <class Method>
 constexpr MethodLoops method_loops() {
   return {Method::name,
           {{scan_states<Method, false, false>, scan_states<Method, false, true>},
            {scan_states<Method, true, false>, scan_states<Method, true, true>}},
-          {{adjoint_states<Method, false, false>, adjoint_states<Method, false, true>},
-           {adjoint_states<Method, true, false>, adjoint_states<Method, true, true>}}};
+          {{adjoint_loops<Method, false, false>(), adjoint_loops<Method, false, true>()},
+           {adjoint_loops<Method, true, false>(), adjoint_loops<Method, true, true>()}}};
 }
 #define MAMBA_SSM_ENTRY(Method) method_loops<Method>(),
 constexpr MethodLoops kMethods[] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_ENTRY)};
@@ -520,7 +631,7 @@ inline void forward_task(const ScanParams& p, std::int64_t task, std::int64_t sp
   });
 }
 inline void backward_task(const ScanParams& p, const ScanGradients& g, std::int64_t task, const ScanScratch& scratch) {
-  const AdjointStates adjoint = kMethods[p.method].adjoint[p.B.constant][p.C.constant];
+  const AdjointLoops& adjoint = kMethods[p.method].adjoint[p.B.constant][p.C.constant];
   for_each_block(p, task, g.splits, [&](const Block& block, std::int64_t group, std::int64_t split) {
     backward_block(p, g, adjoint, block, group, split, scratch);
   });

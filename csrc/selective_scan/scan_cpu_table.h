@@ -10,7 +10,7 @@ namespace mamba_ssm {
 // Working memory of one task, in rows of lanes: a row per step of a chunk, or a row per state.
 struct ScanScratch {
   float* data;
-  std::int64_t steps_size;   // chunk * lanes
+  std::int64_t steps_size;  // at least chunk * lanes and a few more
   float* states;
   std::int64_t states_size;  // states * lanes
   float* B;                  // staged B: chunk * states, or states * lanes where it is constant
@@ -19,7 +19,7 @@ struct ScanScratch {
   float* state_rows(int i) const { return states + i * states_size; }
 };
 constexpr int kForwardStepRows = 4, kForwardStateRows = 2;
-constexpr int kBackwardStepRows = 16, kBackwardStateRows = 5;
+constexpr int kBackwardStepRows = 22, kBackwardStateRows = 5;
 
 struct ScanKernels {
   int lanes;

@@ -149,12 +149,12 @@ def _scan(
 
 
 def _with_groups(B: Tensor, groups: int) -> Tensor:
-    """B (batch, N, length) or (batch, g, N, length) with as many groups as its partner has."""
+    """B (batch, N, length) or (batch, g, N, length) as the operators take it: one group, or as many as its partner has."""
     own = B.shape[1] if B.dim() == 4 else 1
     if own == groups:
         return B
     if own == 1:
-        return (B if B.dim() == 4 else B[:, None]).expand(-1, groups, -1, -1)
+        return B.squeeze(1) if B.dim() == 4 else B
     if groups % own:
         raise ValueError(f"B and C: got {own} and {groups} groups; expected one number of groups to divide the other")
     return B.repeat_interleave(groups // own, dim=1)
@@ -231,8 +231,8 @@ def _backward(ctx, dout, dlast_state, dcheckpoints):
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state, daddend = torch.ops.mamba_ssm.selective_scan_bwd(
         dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, addend, checkpoints, *ctx.options
     )
-    dB = (dB.squeeze(1) if B.dim() == 3 else dB).to(B.dtype)
-    dC = (dC.squeeze(1) if C.dim() == 3 else dC).to(C.dtype)
+    dB = (dB.sum(1) if B.dim() == 3 else dB).to(B.dtype)
+    dC = (dC.sum(1) if C.dim() == 3 else dC).to(C.dtype)
     return (
         du,
         ddelta,

@@ -221,9 +221,10 @@ def check_bidirectional_arguments(
         check_scan_arguments(
             u, delta, A, B, C, D, z if args is forward else None, delta_bias, None, discretization_method
         )
-    given, expected = (f"shape {tuple(u.shape)}, {u.dtype}, device {u.device}" for u in (backward.u, forward.u))
-    if given != expected:
-        _refuse("backward.u", given, f"the same as forward.u, {expected}")
+    _check_shape("backward.u", backward.u, forward.u.shape)
+    _check_dtype("backward.u", backward.u, (forward.u.dtype,), "convert it to the dtype of forward.u")
+    if backward.u.device != forward.u.device:
+        _refuse("backward.u", f"device {backward.u.device}", f"the device of forward.u, {forward.u.device}")
 
 
 def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
