@@ -1,5 +1,5 @@
 // Compiles every method's forward and gradient for the device, on one float; run by tests/test_build.py, never linked.
-#include "../discretization.h"
+#include "../selective_scan/discretization.h"
 
 namespace mamba_ssm {
 
