@@ -13,7 +13,7 @@ ENVIRONMENT_VARIABLE = "VIM_USE_CUDA_KERNEL"
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Schemas live in Python, so that the operators, their fakes and their autograd exist wherever a library is loaded or not.
+# Schemas live in Python, so that the operators, their fakes and their autograd exist without a library too.
 torch.library.define("mamba_ssm::cpu_isa", "() -> str")
 torch.library.define("mamba_ssm::discretization_names", "() -> str")
 
@@ -54,7 +54,8 @@ def _choose(device_type: str, dtype: torch.dtype, use_cuda_kernel: bool | None) 
     value = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if value not in ("", "0", "1"):
         raise ValueError(
-            f"{ENVIRONMENT_VARIABLE}: got {value!r}; expected 1 (CUDA kernel or an error), 0 (PyTorch reference) or unset"
+            f"{ENVIRONMENT_VARIABLE}: got {value!r}; expected 1 (CUDA kernel or an error), 0 (PyTorch reference) "
+            "or unset (automatic)"
         )
     wish = bool(int(value)) if value else use_cuda_kernel
     if wish is False or (wish is None and dtype not in KERNEL_DTYPES):

@@ -104,7 +104,12 @@ def bidirectional_scan_fn(
     parameters = [t for args in (forward, backward) for t in (args.A, args.B, args.C, args.D, args.delta_bias)]
     if not use_kernel(forward.u, use_cuda_kernel) or _any_float64(*parameters):
         return bidirectional_scan_ref(
-            forward, backward, z, delta_softplus=delta_softplus, scale=scale, discretization_method=discretization_method
+            forward,
+            backward,
+            z,
+            delta_softplus=delta_softplus,
+            scale=scale,
+            discretization_method=discretization_method,
         )
     _check_diagonal(forward.A)
     _check_diagonal(backward.A)
@@ -149,7 +154,7 @@ def _scan(
 
 
 def _with_groups(B: Tensor, groups: int) -> Tensor:
-    """B (batch, N, length) or (batch, g, N, length) as the operators take it: one group, or as many as its partner has."""
+    """B (batch, N, length) or (batch, g, N, length) as the operators take it: one group, or as many as its partner."""
     own = B.shape[1] if B.dim() == 4 else 1
     if own == groups:
         return B
@@ -176,7 +181,9 @@ def _checkpoint_interval(states: int) -> int:
 
 
 @torch.library.register_fake("mamba_ssm::selective_scan_fwd")
-def _(u, delta, A, B, C, D, z, delta_bias, initial_state, addend, scale, delta_softplus, reverse, method, float_out, save):
+def _(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, addend, scale, delta_softplus, reverse, method, float_out, save
+):
     batch, channels, length = u.shape
     states = A.shape[1]
     chunks = -(-length // _checkpoint_interval(states)) if save else 0
@@ -188,7 +195,9 @@ def _(u, delta, A, B, C, D, z, delta_bias, initial_state, addend, scale, delta_s
 
 
 @torch.library.register_fake("mamba_ssm::selective_scan_bwd")
-def _(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, addend, checkpoints, scale, delta_softplus, reverse, method):
+def _(
+    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, addend, checkpoints, scale, delta_softplus, reverse, method
+):
     batch, channels, length = u.shape
     states = A.shape[1]
     groups = max(t.shape[1] if t.dim() == 4 else 1 for t in (B, C))
