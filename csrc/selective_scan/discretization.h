@@ -211,6 +211,7 @@ struct HoldSeries {
 template <int W1, int W2, int W3>
 struct Hold : HoldSeries<W1, W2, W3> {
   using AnyA = HoldSeries<W1, W2, W3>;
+  static_assert(W1 != 0, "without a1 the two parts of c cancel for small x");
   static constexpr float kSmallestA = 0.5f;
   template <class V>
   struct Coefficients {
@@ -252,9 +253,31 @@ struct AnyAOf<Method> {
 template <class Method>
 using ForAnyA = typename AnyAOf<Method>::type;
 
-// First-order hold as the paper defines it:  c = Δ² φ2(x) = A⁻²(e^x − 1 − x).
-struct Foh : Hold<0, 6, 0> {
+// First-order hold as the paper defines it:  c = Δ² φ2(x) = A⁻²(e^x − 1 − x). Without a term in φ1 the closed form loses
+// 1e-7/|x| of its value, so its form for |A| >= 0.5 takes the series where |x| < 0.05; both are then good to 5e-6.
+struct Foh : HoldSeries<0, 6, 0> {
   static constexpr const char* name = "foh";
+  using AnyA = HoldSeries<0, 6, 0>;
+  static constexpr float kSmallestA = 0.5f;
+  template <class V>
+  struct Coefficients {
+    V rate;    // A log2 e
+    V all;     // 1/A²
+    V linear;  // of z = x log2 e: ln 2 / A²
+    V near;    // Δ² where |x| = 0.05
+  };
+  template <class V>
+  static MAMBA_SSM_HD Coefficients<V> prepare(V A) {
+    const V inverse = constant<V>(1.0f) / A, all = inverse * inverse;
+    return {A * kLog2e, all, all * kLn2, all * 0.0025f};
+  }
+  template <class V>
+  static MAMBA_SSM_HD Transition<V> forward(V delta, const Coefficients<V>& k) {
+    const V z = delta * k.rate, delta2 = delta * delta;
+    const Exponential<V> e = exponential2(z);
+    const V series = delta2 * ((z * (kLn2 * kLn2 / 24) + kLn2 / 6) * z + 0.5f);
+    return {e.value, delta2 < k.near ? series : e.minus_one * k.all - z * k.linear};
+  }
 };
 // Polynomial interpolation:  c = Δ φ1 + ½ Δ² φ2.
 struct Poly : Hold<6, 3, 0> {
