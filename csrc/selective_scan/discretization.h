@@ -253,8 +253,9 @@ struct AnyAOf<Method> {
 template <class Method>
 using ForAnyA = typename AnyAOf<Method>::type;
 
-// First-order hold as the paper defines it:  c = Δ² φ2(x) = A⁻²(e^x − 1 − x). Without a term in φ1 the closed form loses
-// 1e-7/|x| of its value, so its form for |A| >= 0.5 takes the series where |x| < 0.05; both are then good to 5e-6.
+// First-order hold as the paper defines it:  c = Δ² φ2(x) = A⁻²(e^x − 1 − x). Without a term in φ1 the closed form
+// loses 1e-7/|x| of its value, so its form for |A| >= 0.5 takes the series where |x| < 0.05; both are then good to
+// 5e-6.
 struct Foh : HoldSeries<0, 6, 0> {
   static constexpr const char* name = "foh";
   using AnyA = HoldSeries<0, 6, 0>;
