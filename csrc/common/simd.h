@@ -161,28 +161,35 @@ MAMBA_SSM_INLINE void store_element(void* base, std::int64_t offset, Dtype dtype
 // ---- transposition and sums over lanes -------------------------------------------------------------------------
 
 namespace detail {
-template <int Step, bool High>
-MAMBA_SSM_INLINE vfloat interleave(vfloat a, vfloat b) {
-  // Lanes i with bit `Step` clear come from a, the others from b shifted by Step (High: from the upper partners).
-  vint index;
-  for (int i = 0; i < kLanes; ++i) {
-    const int own = High ? (i | Step) : (i & ~Step);
-    index[i] = (i & Step) ? own + kLanes : own;
-  }
+// A permutation of lanes known at compile time. Lane i of the result: from a where index(i) < kLanes, else from b.
+template <class Index>
+MAMBA_SSM_INLINE vfloat permute(vfloat a, vfloat b, Index index) {
+  vint indices;
+  for (int i = 0; i < kLanes; ++i) indices[i] = index(i);
 #if defined(__clang__)
   vfloat r;
-  for (int i = 0; i < kLanes; ++i) r[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
+  for (int i = 0; i < kLanes; ++i) r[i] = indices[i] < kLanes ? a[indices[i]] : b[indices[i] - kLanes];
   return r;
 #else
-  return __builtin_shuffle(a, b, index);
+  return __builtin_shuffle(a, b, indices);
 #endif
+}
+// Lanes with bit `Step` of their number set come from b, the others from a.
+template <int Step>
+MAMBA_SSM_INLINE vfloat blend(vfloat a, vfloat b) {
+  return permute(a, b, [](int i) { return i & Step ? i + kLanes : i; });
+}
+// Every lane from its partner, whose number differs in bit `Step`.
+template <int Step>
+MAMBA_SSM_INLINE vfloat swap(vfloat a) {
+  return permute(a, a, [](int i) { return i ^ Step; });
 }
 template <int Step>
 MAMBA_SSM_INLINE void transpose_step(vfloat (&m)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {
     if (i & Step) continue;
-    const vfloat low = interleave<Step, false>(m[i], m[i + Step]);
-    m[i + Step] = interleave<Step, true>(m[i], m[i + Step]);
+    const vfloat low = blend<Step>(m[i], swap<Step>(m[i + Step]));
+    m[i + Step] = blend<Step>(swap<Step>(m[i]), m[i + Step]);
     m[i] = low;
   }
   if constexpr (Step * 2 < kLanes) transpose_step<Step * 2>(m);
@@ -201,7 +208,7 @@ MAMBA_SSM_INLINE vfloat sum_lanes(const Vectors& vectors, int first, int step) {
     constexpr int kHalf = Count / 2;
     const vfloat a = sum_lanes<kHalf>(vectors, first, step);
     const vfloat b = sum_lanes<kHalf>(vectors, first + kHalf * step, step);
-    return detail::interleave<kHalf, false>(a, b) + detail::interleave<kHalf, true>(a, b);
+    return detail::blend<kHalf>(a, b) + detail::swap<kHalf>(detail::blend<kHalf>(b, a));
   }
 }
 

@@ -41,12 +41,6 @@ struct Chunk {
 // rows[step][lane] = activation(block.batch, block.channel + lane, chunk.time(step))
 MAMBA_SSM_ONCE void load_rows(const Activation& a, const Block& block, const Chunk& chunk, float* rows) {
   const std::int64_t base = block.batch * a.batch + block.channel * a.channel;
-  if (a.channel == 1 && block.count == kLanes && a.dtype == Dtype::f32) {
-    const float* p = static_cast<const float*>(a.data) + base + chunk.time(0) * a.time;
-    const std::int64_t stride = chunk.reverse ? -a.time : a.time;
-    for (int t = 0; t < chunk.steps; ++t) store(rows + t * kLanes, load(p + t * stride));
-    return;
-  }
   if (a.channel == 1 || block.count == 1) {
     for (int t = 0; t < chunk.steps; ++t) {
       store(rows + t * kLanes, load_elements(a.data, base + chunk.time(t) * a.time, a.dtype, block.count));
@@ -73,23 +67,22 @@ MAMBA_SSM_ONCE void load_rows(const Activation& a, const Block& block, const Chu
   }
 }
 
-// Asks for the rows of a chunk that will be loaded soon. Channel-last rows lie a page apart, where no hardware
-// prefetcher follows; the other layouts need no help.
-MAMBA_SSM_INLINE void prefetch_rows(const Activation& a, const Block& block, const Chunk& chunk) {
-  if (a.data == nullptr || a.channel != 1) return;
+// The rows of one activation that will be loaded next, asked for one by one while the scan computes. Channel-last rows
+// lie a page apart, where no hardware prefetcher follows; the other layouts need no help.
+struct NextRows {
+  const char* first = nullptr;
+  std::int64_t stride = 0;  // bytes
+  MAMBA_SSM_INLINE void prefetch(int step) const { __builtin_prefetch(first + step * stride); }
+};
+MAMBA_SSM_INLINE NextRows next_rows(const Activation& a, const Block& block, const Chunk& chunk) {
+  if (a.data == nullptr || a.channel != 1) return {};
   const int size = element_size(a.dtype);
-  const char* base = static_cast<const char*>(a.data) + (block.batch * a.batch + block.channel) * size;
-  for (int t = 0; t < chunk.steps; ++t) __builtin_prefetch(base + chunk.time(t) * a.time * size);
+  const std::int64_t start = block.batch * a.batch + block.channel + chunk.time(0) * a.time;
+  return {static_cast<const char*>(a.data) + start * size, (chunk.reverse ? -a.time : a.time) * size};
 }
 
 MAMBA_SSM_ONCE void store_rows(const Activation& a, const Block& block, const Chunk& chunk, const float* rows) {
   const std::int64_t base = block.batch * a.batch + block.channel * a.channel;
-  if (a.channel == 1 && block.count == kLanes && a.dtype == Dtype::f32) {
-    float* p = static_cast<float*>(a.data) + base + chunk.time(0) * a.time;
-    const std::int64_t stride = chunk.reverse ? -a.time : a.time;
-    for (int t = 0; t < chunk.steps; ++t) store(p + t * stride, load(rows + t * kLanes));
-    return;
-  }
   if (a.channel == 1 || block.count == 1) {
     for (int t = 0; t < chunk.steps; ++t) {
       store_elements(a.data, base + chunk.time(t) * a.time, a.dtype, block.count, load(rows + t * kLanes));
@@ -113,6 +106,38 @@ MAMBA_SSM_ONCE void store_rows(const Activation& a, const Block& block, const Ch
       store_element(a.data, base + lane * a.channel + chunk.time(t) * a.time, a.dtype, rows[t * kLanes + lane]);
     }
   }
+}
+
+// A chunk's rows of an activation: in place where they are fp32, channel-last and full, else in a buffer.
+struct RowView {
+  float* data;
+  std::int64_t stride;
+  MAMBA_SSM_INLINE vfloat read(int step) const { return load(data + step * stride); }
+  MAMBA_SSM_INLINE void write(int step, vfloat v) const { store(data + step * stride, v); }
+};
+MAMBA_SSM_INLINE bool readable_in_place(const Activation& a, const Block& block) {
+  return a.channel == 1 && a.dtype == Dtype::f32 && block.count == kLanes;
+}
+MAMBA_SSM_INLINE RowView in_place(const Activation& a, const Block& block, const Chunk& chunk) {
+  const std::int64_t start = block.batch * a.batch + block.channel + chunk.time(0) * a.time;
+  return {static_cast<float*>(a.data) + start, chunk.reverse ? -a.time : a.time};
+}
+MAMBA_SSM_INLINE RowView read_view(const Activation& a, const Block& block, const Chunk& chunk, float* buffer) {
+  if (readable_in_place(a, block)) return in_place(a, block, chunk);
+  load_rows(a, block, chunk, buffer);
+  return {buffer, kLanes};
+}
+MAMBA_SSM_ONCE void copy_rows(const Activation& a, const Block& block, const Chunk& chunk, float* rows) {
+  const RowView view = read_view(a, block, chunk, rows);
+  if (view.data == rows) return;
+  for (int t = 0; t < chunk.steps; ++t) store(rows + t * kLanes, view.read(t));
+}
+// Write all rows of the view, then finish_writing.
+MAMBA_SSM_INLINE RowView write_view(const Activation& a, const Block& block, const Chunk& chunk, float* buffer) {
+  return readable_in_place(a, block) ? in_place(a, block, chunk) : RowView{buffer, kLanes};
+}
+MAMBA_SSM_INLINE void finish_writing(const Activation& a, const Block& block, const Chunk& chunk, const RowView& view) {
+  if (!readable_in_place(a, block)) store_rows(a, block, chunk, view.data);
 }
 
 // Rows of B or C over a chunk, [step][state] in fp32. Points into the tensor itself where that is already so.
@@ -191,11 +216,12 @@ struct StateColumn {
   }
 };
 
-// Δ of a chunk from the staged delta, in place, and dΔ/d delta for the backward pass (where `slope` is not null).
-MAMBA_SSM_ONCE void apply_delta_rule(const ScanParams& p, vfloat bias, int steps, float* delta, float* slope) {
+// Δ of a chunk, and dΔ/d delta for the backward pass (where `slope` is not null).
+MAMBA_SSM_ONCE void apply_delta_rule(const ScanParams& p, vfloat bias, int steps, const RowView& raw, float* delta,
+                                     float* slope) {
   for (int t = 0; t < steps; ++t) {
-    const vfloat raw = load(delta + t * kLanes) + bias;
-    const Softplus rule = p.delta_softplus ? softplus(raw) : Softplus{raw, splat(1.0f)};
+    const vfloat x = raw.read(t) + bias;
+    const Softplus rule = p.delta_softplus ? softplus(x) : Softplus{x, splat(1.0f)};
     store(delta + t * kLanes, rule.value);
     if (slope != nullptr) store(slope + t * kLanes, rule.slope);
   }
@@ -205,10 +231,8 @@ MAMBA_SSM_INLINE vfloat load_parameter(const float* parameter, const Block& bloc
   return parameter == nullptr ? vfloat{} : load_elements(parameter, block.channel, Dtype::f32, block.count);
 }
 
-// From step `first` on; without steps where that is outside the sequence.
 MAMBA_SSM_INLINE Chunk chunk_at(const ScanParams& p, std::int64_t first) {
-  const std::int64_t left = first < 0 || first > p.length ? 0 : p.length - first;
-  return {first, static_cast<int>(p.chunk < left ? p.chunk : left), p.length, p.reverse};
+  return {first, static_cast<int>(p.chunk < p.length - first ? p.chunk : p.length - first), p.length, p.reverse};
 }
 MAMBA_SSM_INLINE std::int64_t chunk_count(const ScanParams& p) { return (p.length + p.chunk - 1) / p.chunk; }
 MAMBA_SSM_INLINE float* checkpoint(const ScanParams& p, const Block& block, std::int64_t chunk, std::int64_t n) {
@@ -231,6 +255,7 @@ struct ForwardRows {
   const float* A;
   float* state;
   StateRows B, C;
+  NextRows next[4];
 };
 
 MAMBA_SSM_INLINE bool all_at_least(const float* A, int rows, float smallest) {
@@ -245,6 +270,7 @@ MAMBA_SSM_INLINE void scan_unrolled(const ForwardRows& rows, std::int64_t n, int
   const float* __restrict delta = rows.delta;
   const float* __restrict u = rows.u;
   float* __restrict y = rows.y;
+  const NextRows next = rows.next[n / Unroll % 4];
   decltype(Method::prepare(vfloat{})) k[Unroll];
   StateColumn<ConstantB> B[Unroll];
   StateColumn<ConstantC> C[Unroll];
@@ -259,6 +285,7 @@ MAMBA_SSM_INLINE void scan_unrolled(const ForwardRows& rows, std::int64_t n, int
     const vfloat delta_t = load(delta + t * kLanes);
     const vfloat u_t = load(u + t * kLanes);
     vfloat sum = load(y + t * kLanes);
+    next.prefetch(t);
     for (int j = 0; j < Unroll; ++j) {
       const auto step = Method::forward(delta_t, k[j]);
       h[j] = step.a_bar * h[j] + (step.c * u_t) * B[j][t];
@@ -310,24 +337,44 @@ MAMBA_SSM_ONCE void forward_block(const ScanParams& p, ScanStates scan, const Bl
         store_elements(checkpoint(p, block, first / p.chunk, n), 0, Dtype::f32, block.count, load(state + n * kLanes));
       }
     }
-    load_rows(p.delta, block, chunk, delta);
-    apply_delta_rule(p, bias, chunk.steps, delta, nullptr);
-    load_rows(p.u, block, chunk, u);
-    if (p.addend.data != nullptr) load_rows(p.addend, block, chunk, other);
-    for (int t = 0; t < chunk.steps; ++t) {
-      const vfloat start = skip * load(u + t * kLanes);
-      store(y + t * kLanes, p.addend.data == nullptr ? start : start + load(other + t * kLanes));
+    apply_delta_rule(p, bias, chunk.steps, read_view(p.delta, block, chunk, delta), delta, nullptr);
+    const RowView u_view = read_view(p.u, block, chunk, u);
+    if (p.addend.data == nullptr) {
+      for (int t = 0; t < chunk.steps; ++t) {
+        const vfloat u_t = u_view.read(t);
+        store(u + t * kLanes, u_t);
+        store(y + t * kLanes, skip * u_t);
+      }
+    } else {
+      const RowView addend = read_view(p.addend, block, chunk, other);
+      for (int t = 0; t < chunk.steps; ++t) {
+        const vfloat u_t = u_view.read(t);
+        store(u + t * kLanes, u_t);
+        store(y + t * kLanes, skip * u_t + addend.read(t));
+      }
     }
-    for (const Activation& a : {p.delta, p.u, p.z, p.addend}) prefetch_rows(a, block, chunk_at(p, first + p.chunk));
-    scan({delta, u, y, A, state, matrix_rows(p.B, p, block, group, chunk, scratch.B),
-          matrix_rows(p.C, p, block, group, chunk, scratch.C)},
+    // What comes next is the next chunk, or the first one of the block beside this.
+    const bool last = first + p.chunk >= p.length;
+    const Block next_block{block.batch, last ? block.channel + kLanes : block.channel, kLanes};
+    const Chunk next = chunk_at(p, last ? 0 : first + p.chunk);
+    scan({delta,
+          u,
+          y,
+          A,
+          state,
+          matrix_rows(p.B, p, block, group, chunk, scratch.B),
+          matrix_rows(p.C, p, block, group, chunk, scratch.C),
+          {next_rows(p.delta, next_block, next), next_rows(p.u, next_block, next),
+           next_rows(p.addend, next_block, next), next_rows(p.z, block, chunk)}},
          p.states, chunk.steps);
-    if (p.z.data != nullptr) load_rows(p.z, block, chunk, other);
-    for (int t = 0; t < chunk.steps; ++t) {
-      const vfloat gate = p.z.data == nullptr ? splat(p.scale) : silu(load(other + t * kLanes)) * p.scale;
-      store(y + t * kLanes, load(y + t * kLanes) * gate);
+    const RowView out = write_view(p.out, block, chunk, y);
+    if (p.z.data == nullptr) {
+      for (int t = 0; t < chunk.steps; ++t) out.write(t, load(y + t * kLanes) * p.scale);
+    } else {
+      const RowView z = read_view(p.z, block, chunk, other);
+      for (int t = 0; t < chunk.steps; ++t) out.write(t, load(y + t * kLanes) * (silu(z.read(t)) * p.scale));
     }
-    store_rows(p.out, block, chunk, y);
+    finish_writing(p.out, block, chunk, out);
   }
   store_states(p.last_state + batch_offset, p.states, block, state);
 }
@@ -390,6 +437,7 @@ struct BackwardRows {
     float* c_delta;
     float* c_A;
   } state[kAdjointUnroll];
+  NextRows next[4];
 };
 
 // `Unroll` neighbouring states over a chunk: their values again from the one before the chunk, then the adjoint from
@@ -403,6 +451,7 @@ void adjoint_states(const BackwardRows& rows, std::int64_t n, int steps) {
   float* __restrict y = rows.y;
   float* __restrict du = rows.du;
   float* __restrict ddelta = rows.ddelta;
+  const NextRows next = rows.next[n / Unroll % 4];
   BackwardRows::State s[Unroll];
   decltype(Adjoint::prepare(vfloat{})) k[Unroll];
   StateColumn<ConstantB> B[Unroll];
@@ -422,6 +471,7 @@ void adjoint_states(const BackwardRows& rows, std::int64_t n, int steps) {
   for (int t = 0; t < steps; ++t) {
     const std::int64_t i = t * kLanes;
     const vfloat delta_t = load(delta + i), u_t = load(u + i);
+    next.prefetch(t);
     vfloat sum{};
     for (int j = 0; j < Unroll; ++j) {
       const auto step = Adjoint::gradient(delta_t, k[j]);
@@ -495,7 +545,7 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
             *softplus_slope = scratch.step_rows(row++);
   float *A = scratch.state_rows(0), *carried = scratch.state_rows(1), *dA = scratch.state_rows(2),
         *dB = scratch.state_rows(3), *dC = scratch.state_rows(4);
-  BackwardRows rows{delta, u, dy, gated ? y : nullptr, du, ddelta, A, carried, dA, {}, {}, {}};
+  BackwardRows rows{delta, u, dy, gated ? y : nullptr, du, ddelta, A, carried, dA, {}, {}, {}, {}};
   for (BackwardRows::State& s : rows.state) {
     s.h = scratch.step_rows(row++) + kLanes;
     for (float** pointer : {&s.g, &s.a_bar, &s.slope, &s.c, &s.c_delta, &s.c_A}) *pointer = scratch.step_rows(row++);
@@ -514,32 +564,35 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
   vfloat dD{}, dbias{};
   for (std::int64_t index = chunk_count(p) - 1; index >= 0; --index) {
     const Chunk chunk = chunk_at(p, index * p.chunk);
-    load_rows(p.delta, block, chunk, delta);
-    apply_delta_rule(p, bias, chunk.steps, delta, softplus_slope);
-    load_rows(p.u, block, chunk, u);
-    load_rows(g.dout, block, chunk, dy);
-    if (gated) load_rows(p.z, block, chunk, dz);
-    if (gated && p.addend.data != nullptr) load_rows(p.addend, block, chunk, y);
+    apply_delta_rule(p, bias, chunk.steps, read_view(p.delta, block, chunk, delta), delta, softplus_slope);
+    copy_rows(p.u, block, chunk, u);
+    copy_rows(g.dout, block, chunk, dy);
+    if (gated) copy_rows(p.z, block, chunk, dz);
+    const bool has_addend = gated && p.addend.data != nullptr;
+    if (has_addend) copy_rows(p.addend, block, chunk, y);
     vfloat chunk_dD{}, chunk_dbias{};
     for (int t = 0; t < chunk.steps; ++t) {
       const std::int64_t i = t * kLanes;
+      const vfloat u_t = load(u + i);
       vfloat gradient = load(dy + i) * p.scale;
       if (gated) {
         const vfloat z = load(dz + i), s = sigmoid(z);
         store(dz + i, gradient * silu_slope(z, s));  // but for the factor y
         gradient *= z * s;
-        const vfloat start = skip * load(u + i);
-        store(y + i, p.addend.data == nullptr ? start : start + load(y + i));
+        store(y + i, has_addend ? skip * u_t + load(y + i) : skip * u_t);
       }
       store(dy + i, gradient);
-      chunk_dD += gradient * load(u + i);
+      chunk_dD += gradient * u_t;
       store(du + i, gradient * skip);
       store(ddelta + i, vfloat{});
     }
 
     rows.B = matrix_rows(p.B, p, block, group, chunk, scratch.B);
     rows.C = matrix_rows(p.C, p, block, group, chunk, scratch.C);
-    for (const Activation& a : {p.delta, p.u, p.z, g.dout}) prefetch_rows(a, block, chunk_at(p, (index - 1) * p.chunk));
+    const Block next_block{block.batch, index == 0 ? block.channel + kLanes : block.channel, kLanes};
+    const Chunk next = chunk_at(p, (index == 0 ? chunk_count(p) - 1 : index - 1) * p.chunk);
+    int i = 0;
+    for (const Activation& a : {p.delta, p.u, g.dout, p.z}) rows.next[i++] = next_rows(a, next_block, next);
     const std::int64_t sums = ((block.batch * p.groups + group) * g.splits + split) * p.states * p.length;
     for (std::int64_t n = 0; n < p.states;) {
       const int count = p.states - n >= kAdjointUnroll ? kAdjointUnroll : 1;
