@@ -246,9 +246,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   g.splits = std::clamp<std::int64_t>((kBackwardTasks + p.batch * p.groups - 1) / (p.batch * p.groups), 1,
                                       blocks_per_group(p, kernels.lanes));
   const auto new_sums = [&](const InputMatrix& m) {
-    return m.constant
-               ? new_floats(u, {p.batch, p.channels, p.states})
-               : torch::stable::new_zeros(u, {p.batch, p.groups, g.splits, p.states, p.length}, ScalarType::Float);
+    return m.constant ? new_floats(u, {p.batch, p.channels, p.states})
+                      : new_floats(u, {p.batch, p.groups, g.splits, p.states, p.length});
   };
   Tensor dB = new_sums(p.B), dC = new_sums(p.C);
   g.dout = activation(dout, "dout", u);

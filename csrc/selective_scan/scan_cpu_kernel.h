@@ -685,6 +685,9 @@ inline void forward_task(const ScanParams& p, std::int64_t task, std::int64_t sp
 }
 inline void backward_task(const ScanParams& p, const ScanGradients& g, std::int64_t task, const ScanScratch& scratch) {
   const AdjointLoops& adjoint = kMethods[p.method].adjoint[p.B.constant][p.C.constant];
+  const std::int64_t sums = p.states * p.length;  // of one task
+  if (!p.B.constant) std::memset(g.dB + task * sums, 0, sums * sizeof(float));
+  if (!p.C.constant) std::memset(g.dC + task * sums, 0, sums * sizeof(float));
   for_each_block(p, task, g.splits, [&](const Block& block, std::int64_t group, std::int64_t split) {
     backward_block(p, g, adjoint, block, group, split, scratch);
   });

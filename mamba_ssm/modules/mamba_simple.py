@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.discretization_ref import get_method
-from mamba_ssm.ops.mamba_inner import gated_scan, scan_arguments
+from mamba_ssm.ops.mamba_inner import gated_scan, scan_arguments, split_channels
 from mamba_ssm.ops.selective_scan_interface import ScanArgs, bidirectional_scan_fn
 from mamba_ssm.ops.selective_state_update import selective_state_update
 
@@ -148,7 +148,7 @@ class Mamba(nn.Module):
                 return self.step(hidden_states, *cache)[0]
 
         xz = self.in_proj(hidden_states).transpose(1, 2)
-        x, z = xz.chunk(2, dim=1)
+        x, z = split_channels(xz)
         causal = self.bimamba_type == "none"
         y = self._scan(x, z, cache, reverse) if causal else self._bidirectional_scan(x, z, reverse)
         return self._project_out(y.transpose(1, 2))

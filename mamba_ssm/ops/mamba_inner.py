@@ -50,15 +50,22 @@ def scan_arguments(
     """
     rank, d_state = delta_proj_weight.shape[1], A.shape[-1]
     u = conv_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
-    projected = F.linear(u.transpose(1, 2), x_proj_weight)  # (B, L, R [+ N] [+ N])
-    delta = F.linear(projected[..., :rank], delta_proj_weight).transpose(1, 2)
+    sizes = [rank] + [d_state] * ((B is None) + (C is None))
+    dt, *projected = F.linear(u.transpose(1, 2), x_proj_weight).split(sizes, dim=-1)  # (B, L, R), (B, L, N) …
+    delta = F.linear(dt, delta_proj_weight).transpose(1, 2)
     if B is None:
-        B = projected[..., rank : rank + d_state]
+        B = projected.pop(0)
         B = (B if B_proj_bias is None else B + B_proj_bias.to(B.dtype)).transpose(1, 2)
     if C is None:
-        C = projected[..., -d_state:]
+        C = projected.pop(0)
         C = (C if C_proj_bias is None else C + C_proj_bias.to(C.dtype)).transpose(1, 2)
     return ScanArgs(u, delta, A, B, C, D, delta_bias)
+
+
+def split_channels(xz: Tensor) -> tuple[Tensor, Tensor]:
+    """The halves x and z of (B, 2D, L). Split along the last axis of (B, L, 2D), so that the gradient is channel-last."""
+    x, z = xz.transpose(1, 2).chunk(2, dim=-1)
+    return x.transpose(1, 2), z.transpose(1, 2)
 
 
 def gated_scan(args: ScanArgs, z: Tensor, delta_softplus: bool = True, *, scan_fn=selective_scan_fn, **options):
@@ -96,7 +103,7 @@ def mamba_inner_fn_no_out_proj(
     use_cuda_kernel: bool | None = None,
 ) -> Tensor:
     """Convolution, projections and gated scan: (B, 2D, L) -> (B, D, L)."""
-    x, z = xz.chunk(2, dim=1)
+    x, z = split_channels(xz)
     args = scan_arguments(
         x,
         conv1d_weight,
@@ -183,7 +190,7 @@ def bimamba_inner_fn(
 
     The convolution stays causal for both, and the two outputs are added. (B, 2D, L) -> (B, L, E).
     """
-    x, z = xz.chunk(2, dim=1)
+    x, z = split_channels(xz)
     args = scan_arguments(
         x,
         conv1d_weight,
@@ -230,7 +237,7 @@ def mamba_inner_ref(
     discretization_method: str = "zoh",
 ) -> Tensor:
     """`mamba_inner_fn` on the PyTorch references of the convolution and of the scan."""
-    x, z = xz.chunk(2, dim=1)
+    x, z = split_channels(xz)
     args = scan_arguments(
         x,
         conv1d_weight,
@@ -271,7 +278,7 @@ def bimamba_inner_ref(
     discretization_method: str = "zoh",
 ) -> Tensor:
     """`bimamba_inner_fn` on the PyTorch references of the convolution and of the scan."""
-    x, z = xz.chunk(2, dim=1)
+    x, z = split_channels(xz)
     args = scan_arguments(
         x,
         conv1d_weight,
