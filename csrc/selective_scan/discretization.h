@@ -63,32 +63,35 @@ MAMBA_SSM_HD Exponential<V> exponential2(V z) {
 #endif
 }
 
-// p_k = Δ^k φ_k(x) for k = 1 … 4, as many as `Count` asks for, for every A and x <= 0: near 0 by the series of φ_k,
-// elsewhere by p_{k+1} = (p_k − Δ^k/k!) / A, which is stable there. e1 is e^x − 1.
+// p_k = Δ^k φ_k(x) for k = 1 … Count, for every A and x <= 0: near 0 by the series of φ_k, elsewhere by
+// p_{k+1} = (p_k − Δ^k/k!) / A, which is stable there. e1 is e^x − 1.
 template <class V>
 struct HeldInputs {
-  V p1, p2, p3, p4;
+  V p1, p2, p3;
+  V next;  // p_{Count+1}, where x is near 0
+  decltype(V{} < 0.0f) near;
 };
 template <int Count, class V>
 MAMBA_SSM_HD HeldInputs<V> held_inputs(V delta, V A, V inverse, V e1) {
   HeldInputs<V> held{};
+  const V x = delta * A;
+  held.near = (x > -0.62f) & (x < 0.07f);
+  V phi4 = constant<V>(1.73088130e-4f);
+  phi4 = phi4 * x + 1.38127306e-3f;
+  phi4 = phi4 * x + 8.33292029e-3f;
+  phi4 = phi4 * x + 4.16667012e-2f;
+  const V phi3 = phi4 * x + 0.166666667f;
+  const V phi2 = phi3 * x + 0.5f;
+  const V delta2 = delta * delta, delta3 = delta2 * delta;
   held.p1 = e1 * inverse;
+  held.next = delta2 * phi2;
   if constexpr (Count >= 2) {
-    const V x = delta * A;
-    const auto near = (x > -0.62f) & (x < 0.07f);
-    V phi4 = constant<V>(1.73088130e-4f);
-    phi4 = phi4 * x + 1.38127306e-3f;
-    phi4 = phi4 * x + 8.33292029e-3f;
-    phi4 = phi4 * x + 4.16667012e-2f;
-    const V phi3 = phi4 * x + 0.166666667f;
-    const V phi2 = phi3 * x + 0.5f;
-    const V delta2 = delta * delta;
-    held.p2 = near ? delta2 * phi2 : (held.p1 - delta) * inverse;
-    if constexpr (Count >= 3) {
-      const V delta3 = delta2 * delta;
-      held.p3 = near ? delta3 * phi3 : (held.p2 - delta2 * 0.5f) * inverse;
-      if constexpr (Count >= 4) held.p4 = near ? delta2 * delta2 * phi4 : (held.p3 - delta3 * (1.0f / 6)) * inverse;
-    }
+    held.p2 = held.near ? held.next : (held.p1 - delta) * inverse;
+    held.next = delta3 * phi3;
+  }
+  if constexpr (Count >= 3) {
+    held.p3 = held.near ? held.next : (held.p2 - delta2 * 0.5f) * inverse;
+    held.next = delta2 * delta2 * phi4;
   }
   return held;
 }
@@ -161,7 +164,8 @@ struct Bilinear {
 };
 
 // c = Σ_k w_k p_k with p_k = Δ^k φ_k(x), the weights w_k in sixths so that they are integers at compile time; any A.
-// ∂p_k/∂Δ = p_{k-1} (p_0 = e^x) and ∂p_k/∂A = Δ p_k − k p_{k+1}.
+// ∂p_k/∂Δ = p_{k-1} (p_0 = e^x) and ∂p_k/∂A = Δ p_k − k p_{k+1} = (Δ p_{k-1} − k p_k) / A: the one is accurate near 0,
+// the other far from it.
 template <int W1, int W2, int W3>
 struct HoldSeries {
   static constexpr bool kInputIsDelta = false;
@@ -199,9 +203,12 @@ struct HoldSeries {
   template <class V>
   static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, const Coefficients<V>& k) {
     const Exponential<V> e = exponential2(delta * k.rate);
-    const HeldInputs<V> p = held_inputs<kTerms + 1>(delta, k.A, k.inverse, e.minus_one);
-    return {e.value, e.value, weighted(p.p1, p.p2, p.p3), weighted(e.value, p.p1, p.p2),
-            weighted(delta * p.p1 - p.p2, delta * p.p2 - 2.0f * p.p3, delta * p.p3 - 3.0f * p.p4)};
+    const HeldInputs<V> p = held_inputs<kTerms>(delta, k.A, k.inverse, e.minus_one);
+    const V p2 = kTerms == 1 ? p.next : p.p2, p3 = kTerms == 2 ? p.next : p.p3;
+    const V c = weighted(p.p1, p.p2, p.p3), c_delta = weighted(e.value, p.p1, p.p2);
+    const V near = weighted(delta * p.p1 - p2, delta * p2 - 2.0f * p3, delta * p3 - 3.0f * p.next);
+    const V far = (delta * c_delta - weighted(p.p1, 2.0f * p.p2, 3.0f * p.p3)) * k.inverse;
+    return {e.value, e.value, c, c_delta, p.near ? near : far};
   }
 };
 
