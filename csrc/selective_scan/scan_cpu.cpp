@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -33,6 +35,15 @@ Tensor contiguous_float(const Tensor& tensor, const char* name) {
   return torch::stable::contiguous(tensor);
 }
 
+void check_shape(const OptionalTensor& t, std::initializer_list<std::int64_t> size, const char* name) {
+  if (!t.has_value()) return;
+  bool same = t->dim() == static_cast<std::int64_t>(size.size());
+  for (std::int64_t i = 0; same && i < t->dim(); ++i) same = t->size(i) == size.begin()[i];
+  std::string expected;
+  for (std::int64_t n : size) expected.append(expected.empty() ? "" : ", ").append(std::to_string(n));
+  STD_TORCH_CHECK(same, name, " must have shape (", expected, ")");
+}
+
 const float* float_data(const OptionalTensor& tensor) {
   return tensor.has_value() ? static_cast<const float*>(tensor->data_ptr()) : nullptr;
 }
@@ -46,11 +57,18 @@ Activation activation(const OptionalTensor& t, const char* name, const Tensor& l
   return t.has_value() ? activation(*t, name, like) : Activation{};
 }
 
-InputMatrix input_matrix(const Tensor& t, const char* name) {
+InputMatrix input_matrix(const Tensor& t, const char* name, const ScanParams& p) {
   const Dtype dtype = kernel_dtype(t, name);
-  if (t.dim() == 2) return {t.data_ptr(), dtype, true, 0, t.stride(0), t.stride(1), 0};
-  if (t.dim() == 3) return {t.data_ptr(), dtype, false, t.stride(0), 0, t.stride(1), t.stride(2)};
+  if (t.dim() == 2) {
+    check_shape(t, {p.channels, p.states}, name);
+    return {t.data_ptr(), dtype, true, 0, t.stride(0), t.stride(1), 0};
+  }
+  if (t.dim() == 3) {
+    check_shape(t, {p.batch, p.states, p.length}, name);
+    return {t.data_ptr(), dtype, false, t.stride(0), 0, t.stride(1), t.stride(2)};
+  }
   STD_TORCH_CHECK(t.dim() == 4, name, " must have 2, 3 or 4 dimensions");
+  check_shape(t, {p.batch, t.size(1), p.states, p.length}, name);
   return {t.data_ptr(), dtype, false, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
@@ -118,12 +136,15 @@ ScanParams make_params(const Tensor& u, const Tensor& delta, const Tensor& A, co
   p.channels = u.size(1);
   p.length = u.size(2);
   p.states = A.size(1);
+  check_shape(A, {p.channels, p.states}, "A");
+  check_shape(D, {p.channels}, "D");
+  check_shape(delta_bias, {p.channels}, "delta_bias");
   p.u = activation(u, "u", u);
   p.delta = activation(delta, "delta", u);
   p.z = activation(z, "z", u);
   p.addend = activation(addend, "addend", u);
-  p.B = input_matrix(B, "B");
-  p.C = input_matrix(C, "C");
+  p.B = input_matrix(B, "B", p);
+  p.C = input_matrix(C, "C", p);
   const std::int64_t B_groups = B.dim() == 4 ? B.size(1) : 1, C_groups = C.dim() == 4 ? C.size(1) : 1;
   p.groups = std::max(B_groups, C_groups);
   STD_TORCH_CHECK((B_groups == p.groups || p.B.group == 0 || p.B.constant) &&
@@ -150,6 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
   if (initial_state.has_value()) initial_state = contiguous_float(*initial_state, "initial_state");
 
   ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, addend, scale, delta_softplus, reverse, method);
+  check_shape(initial_state, {p.batch, p.channels, p.states}, "initial_state");
   p.initial_state = float_data(initial_state);
   p.chunk = save_checkpoints ? checkpoint_interval(p.states) : kForwardChunk;
   Tensor out = new_activation(u, float_out ? ScalarType::Float : u.scalar_type());
@@ -223,8 +245,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
   ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, addend, scale, delta_softplus, reverse, method);
   p.chunk = checkpoint_interval(p.states);
-  STD_TORCH_CHECK(checkpoints.dim() == 4 && checkpoints.size(1) == (p.length + p.chunk - 1) / p.chunk,
-                  "checkpoints: run the forward with save_checkpoints=True");
+  check_shape(dlast_state, {p.batch, p.channels, p.states}, "dlast_state");
+  // empty where the forward ran with save_checkpoints=False
+  check_shape(checkpoints, {p.batch, (p.length + p.chunk - 1) / p.chunk, p.states, p.channels}, "checkpoints");
   p.checkpoints = static_cast<float*>(checkpoints.data_ptr());
 
   const auto empty = [&](bool wanted, std::vector<std::int64_t> size) {
