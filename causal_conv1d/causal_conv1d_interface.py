@@ -99,6 +99,8 @@ def causal_conv1d_update(
     activation: str | None = None,
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
+    *,
+    use_cuda_kernel: bool | None = None,
 ) -> Tensor:
     """Convolve one or several new tokens with the inputs kept in ``conv_state``, and update it in place.
 
@@ -113,6 +115,7 @@ def causal_conv1d_update(
             new tokens go to ``cache_seqlens % state_len`` and on.
         conv_state_indices: (batch,), integer: the row of a larger conv_state, (rows, dim, state_len), that belongs to
             each batch entry; no row twice. A negative index marks padding: output 0, no row touched.
+        use_cuda_kernel: as in :func:`causal_conv1d_fn`.
 
     Returns:
         out: of x's shape and dtype.
@@ -124,7 +127,7 @@ def causal_conv1d_update(
     needs_gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, conv_state, weight, bias)
     )
-    if not _use_kernel(x, conv_state, weight, bias) or needs_gradient:
+    if not _use_kernel(x, conv_state, weight, bias, wish=use_cuda_kernel) or needs_gradient:
         return causal_conv1d_update_ref(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
     out = torch.ops.causal_conv1d.conv_update(
         x[..., None] if x.dim() == 2 else x,

@@ -92,3 +92,18 @@ def _backward(ctx, dout: Tensor):
 
 
 torch.library.register_autograd("causal_conv1d::conv_fwd", _backward, setup_context=_setup_context, lib=_library)
+
+
+def refuse_second_derivative(operator: str) -> None:
+    """Let a derivative of `operator`, a backward kernel, be an error; torch's default is a warning and zeros."""
+
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(
+            f"{operator} has no derivative of its own: for second derivatives use the PyTorch reference, "
+            "with VIM_USE_CUDA_KERNEL=0 or use_cuda_kernel=False"
+        )
+
+    torch.library.register_autograd(operator, refuse)
+
+
+refuse_second_derivative("causal_conv1d::conv_bwd")

@@ -384,7 +384,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
     args = parser.parse_args(own)
 
     preset = PRESETS[args.preset]
-    methods = {"paper": PAPER_METHODS, "all": METHODS}.get((args.methods or [""])[0], args.methods or preset.methods)
+    groups = {"paper": PAPER_METHODS, "all": METHODS}
+    methods = [name for given in args.methods or preset.methods for name in groups.get(given, [given])]
     if unknown := [name for name in methods if name not in METHODS]:
         parser.error(f"--methods: unknown {', '.join(unknown)}; known are paper, all, {', '.join(METHODS)}")
     for name in ("epochs", "workers"):
@@ -401,11 +402,26 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
     return args, preset
 
 
+def check_trainer(output: Path, preset: Preset) -> None:
+    """Refuse what the trainer would refuse in every run, and flags that the study sets itself."""
+    from vim.main import ConfigError, parse_args
+
+    argv = training_jobs(output, preset)[0].argv
+    own = ("--discretization-method", "--epochs", "--eval", "--output-dir", "--output_dir", "--resume", "--seed")
+    if clash := [word for word in preset.trainer if word.split("=")[0] in own]:
+        raise StudyError(f"{', '.join(clash)} after --: the study decides that; see its own options")
+    try:
+        parse_args(argv)
+    except ConfigError as error:
+        raise StudyError(f"vim/main.py does not take these arguments: {error}") from error
+
+
 def study(args: argparse.Namespace, preset: Preset, command: str) -> int:
     """Run what is missing, then write and print the report. Returns the exit status."""
     import study_report
 
     console = Console(highlight=False)
+    check_trainer(args.output, preset)
     check_settings(args.output, preset)
     failed = show(console, "training", training_jobs(args.output, preset), args.workers)
     failed += show(console, "timing", timing_jobs(args.output, preset), workers=1)

@@ -388,3 +388,11 @@ def test_update_kernel_refuses_rows_that_do_not_exist():
 @needs_kernel
 def test_every_instruction_set(rerun_on_instruction_set):
     rerun_on_instruction_set("test_kernel_against_float64 and 65 or test_several_chunks or test_update_kernel_against")
+
+
+@needs_kernel
+def test_second_derivatives_are_refused():
+    x = torch.randn(2, 6, 9, requires_grad=True)
+    (gradient,) = torch.autograd.grad(causal_conv1d_fn(x, W).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no derivative of its own"):
+        gradient.sum().backward()

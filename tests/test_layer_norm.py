@@ -262,3 +262,11 @@ def test_bad_arguments(error, message, arguments):
 @needs_kernel
 def test_every_instruction_set(rerun_on_instruction_set):
     rerun_on_instruction_set("against_float64 and not False]")
+
+
+@needs_kernel
+def test_second_derivatives_are_refused():
+    x = torch.randn(2, 6, 9, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rms_norm_fn(x, torch.ones(9), None).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no derivative of its own"):
+        gradient.sum().backward()

@@ -530,6 +530,7 @@ def test_the_data_set_decides_defaults_and_the_command_line_wins():
         (["--batch-size", "0"], "--batch-size: 0 is not above 0"),
         (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
         (["--lr", "nan"], "--lr: nan is not above 0"),
+        (["--smoothing", "1"], "--smoothing 1.0 is not below 1"),
         (["--epochs", "-1"], "--epochs"),
         (["--model-kwargs", "depth"], "'depth' is not KEY=VALUE"),
         (["--batch-size", "3"], "mixup and cutmix need an even one"),

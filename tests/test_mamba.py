@@ -142,6 +142,13 @@ def test_bidirectional_mixers_refuse_steps(kind):
         mixer()(sequence(), inference_params=cache, reverse=True)
 
 
+def test_step_honours_use_cuda_kernel(monkeypatch):
+    monkeypatch.delenv("VIM_USE_CUDA_KERNEL", raising=False)
+    model = mixer(use_cuda_kernel=True)
+    with pytest.raises(RuntimeError, match="use_cuda_kernel=True"):
+        model.step(sequence(1), *model.allocate_inference_cache(BATCH, 1))
+
+
 @pytest.mark.parametrize("kind", ["none", "v2"])
 def test_delta_starts_in_its_range_in_every_direction(kind):
     model = mixer(bimamba_type=kind, dt_min=0.002, dt_max=0.05)

@@ -107,7 +107,7 @@ def test_choices_from_the_command_line(study):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--methods", "zoh", "euler"], "unknown euler; known are paper, all, zoh, foh"),
+        (["--methods", "all", "euler"], "unknown euler; known are paper, all, zoh, foh"),
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
         (["--workers", "0"], "--workers must be at least 1, not 0"),
     ],
@@ -129,6 +129,20 @@ def test_other_settings_are_refused_in_the_same_folder(study, tmp_path, capsys, 
     assert "other settings" in message and "--epochs 9" in message and "--output" in message
     assert study.main([*base, "--", "--lr", "1"]) == 2
     assert not study.main(base)  # the refusals left no trace
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (["--lrr", "1"], "unrecognized arguments: --lrr 1"),
+        (["--opt", "nonsense"], "--opt nonsense is not known"),
+        (["--epochs", "3", "--seed=4"], "--epochs, --seed=4 after --: the study decides that"),
+    ],
+)
+def test_trainer_arguments_are_checked_before_anything_is_written(study, tmp_path, capsys, trainer, message):
+    assert study.main(["--preset", "smoke", "--output", str(tmp_path), "--", *trainer]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_a_folder_in_use_is_refused(study, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """VisionMamba: published sizes and names, every option, feature maps, timm's interface, errors."""
 
+import argparse
 import copy
 import random
 from types import SimpleNamespace
@@ -624,7 +625,8 @@ def test_inference_params_reach_causal_mixers_only():
 
 def test_load_pretrained_at_another_size(tmp_path):
     source = build(if_rope=True, stride=4, img_size=24)
-    torch.save({"model": source.state_dict(), "epoch": 3}, tmp_path / "published.pth")
+    published = {"model": source.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=1e-3)}
+    torch.save(published, tmp_path / "published.pth")
     target = build(if_rope=True, stride=4, img_size=(40, 24))
     rope = target.rope.freqs_cos.clone()
     target.load_pretrained(tmp_path / "published.pth")

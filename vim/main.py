@@ -170,6 +170,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ConfigError(f"--discretization-method is for Vision Mamba; {args.model} has no state space")
     if args.opt not in list_optimizers():
         raise ConfigError(f"--opt {args.opt} is not known{_did_you_mean(args.opt, list_optimizers())}")
+    if args.smoothing >= 1:
+        raise ConfigError(f"--smoothing {args.smoothing} is not below 1")
     if args.batch_size % 2 and (args.mixup or args.cutmix) and not args.eval:
         raise ConfigError(f"--batch-size {args.batch_size}: mixup and cutmix need an even one")
     if args.start_epoch and args.resume:

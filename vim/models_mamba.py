@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.triton.layer_norm import layer_norm_fn
+from vim.checkpoint import load_checkpoint, model_state
 from vim.pos_embed import cls_indices, insert_tokens, remove_tokens, resize_pos_embed
 from vim.rope import VisionRotaryEmbedding, rotate
 
@@ -568,10 +570,10 @@ class VisionMamba(nn.Module):
         """Load a published checkpoint, or a state_dict file, through `checkpoint_filter_fn`.
 
         Only keys that begin with `prefix` are taken, without it. Raises RuntimeError that names keys that are missing,
-        unexpected or of another shape.
+        unexpected or of another shape, and CheckpointError, one too, for a file that is not such a checkpoint.
         """
-        state_dict = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        state_dict = state_dict.get("model", state_dict)
+        path = Path(checkpoint_path)
+        state_dict = model_state(load_checkpoint(path), path)
         state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         self.load_state_dict(checkpoint_filter_fn(state_dict, self))
 

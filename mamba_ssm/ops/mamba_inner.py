@@ -63,7 +63,7 @@ def scan_arguments(
 
 
 def split_channels(xz: Tensor) -> tuple[Tensor, Tensor]:
-    """The halves x and z of (B, 2D, L). Split along the last axis of (B, L, 2D), so that the gradient is channel-last."""
+    """The halves x and z of (B, 2D, L), split as (B, L, 2D) along its last axis: so the gradient is channel-last."""
     x, z = xz.transpose(1, 2).chunk(2, dim=-1)
     return x.transpose(1, 2), z.transpose(1, 2)
 

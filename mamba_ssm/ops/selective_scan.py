@@ -10,6 +10,7 @@ are part of them, so that a bidirectional block is two calls without a flip or a
 import torch
 from torch import Tensor
 
+from causal_conv1d.ops import refuse_second_derivative
 from mamba_ssm._backend import use_kernel
 from mamba_ssm.ops.selective_scan_ref import (
     ScanArgs,
@@ -258,3 +259,4 @@ def _backward(ctx, dout, dlast_state, dcheckpoints):
 
 
 torch.library.register_autograd("mamba_ssm::selective_scan_fwd", _backward, setup_context=_setup_context)
+refuse_second_derivative("mamba_ssm::selective_scan_bwd")

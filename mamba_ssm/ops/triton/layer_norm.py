@@ -7,6 +7,7 @@ RMSNorm: Zhang & Sennrich, 2019; LayerNorm: Ba, Kiros & Hinton, 2016.
 import torch
 from torch import Tensor, nn
 
+from causal_conv1d.ops import refuse_second_derivative
 from mamba_ssm._backend import use_kernel
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -185,6 +186,7 @@ def _backward(ctx, dy, dh, _dmean, _drstd):
 
 
 torch.library.register_autograd("mamba_ssm::add_norm_fwd", _backward, setup_context=_setup_context, lib=_library)
+refuse_second_derivative("mamba_ssm::add_norm_bwd")
 
 
 def _add_norm_kernel(
