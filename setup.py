@@ -13,6 +13,7 @@ TORCH_CUDA_ARCH_LIST the GPUs (such as "9.0;10.0+PTX"), MAX_JOBS the number of p
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,10 +49,16 @@ def warn(message: str) -> None:
     print(f"mamba_ssm: WARNING: {message}", file=sys.stderr, flush=True)
 
 
-def find_compiler(variable: str, *names: str) -> str | None:
-    if variable in os.environ:
-        return shutil.which(os.environ[variable])
-    return next(filter(None, map(shutil.which, names)), None)
+def find_compiler(variable: str, *names: str) -> list[str] | None:
+    """The command that the environment variable names, launcher such as ccache included, or the first name found."""
+    command = shlex.split(os.environ[variable]) if variable in os.environ else [n for n in names if shutil.which(n)][:1]
+    return command if command and shutil.which(command[0]) else None
+
+
+def knows_cxx20(cxx: list[str]) -> bool:
+    probe = "#include <concepts>\ntemplate <class T> requires std::integral<T> T same(T x) { return x; }\n"
+    command = [*cxx, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=probe, text=True, capture_output=True).returncode == 0
 
 
 def architecture_flags() -> list[str]:
@@ -82,12 +89,14 @@ class BuildLibraries(build_ext):
                 warn(
                     f"no C++ compiler found: {extension.name} is not built; {reference}. Install g++ and install again"
                 )
+            elif not knows_cxx20(cxx):
+                warn(f"{shlex.join(cxx)} cannot compile C++20: {extension.name} is not built; {reference}")
             elif is_cuda and nvcc is None:
                 warn(f"no nvcc found: {extension.name} is not built; on CUDA tensors {reference}")
             else:
                 self.build_library(extension, cxx, nvcc)
 
-    def build_library(self, extension: Extension, cxx: str, nvcc: str | None) -> None:
+    def build_library(self, extension: Extension, cxx: list[str], nvcc: list[str] | None) -> None:
         import torch
         from torch.utils.cpp_extension import include_paths
 
@@ -100,7 +109,7 @@ class BuildLibraries(build_ext):
             if output.exists() and output.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
                 return str(output)
             output.parent.mkdir(parents=True, exist_ok=True)
-            compiler = [nvcc, *NVCC_FLAGS, *architecture_flags()] if source.endswith(".cu") else [cxx, *CXX_FLAGS]
+            compiler = [*nvcc, *NVCC_FLAGS, *architecture_flags()] if source.endswith(".cu") else [*cxx, *CXX_FLAGS]
             command = [*compiler, *DEFINES, *includes, "-c", str(ROOT / source), "-o", str(output)]
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True)
@@ -111,7 +120,7 @@ class BuildLibraries(build_ext):
             objects = list(pool.map(compile_source, extension.sources))
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        linker = [nvcc, "-Xcompiler=-fPIC"] if extension.name.endswith("_cuda") else [cxx]
+        linker = [*nvcc, "-Xcompiler=-fPIC"] if extension.name.endswith("_cuda") else cxx
         link_flags = [f"-L{Path(torch.__file__).parent / 'lib'}", *LINK_FLAGS]
         if extension.name.endswith("_cuda"):
             link_flags = [f.replace("-Wl,", "-Xlinker=") for f in [*link_flags, "-ltorch_cuda"]]

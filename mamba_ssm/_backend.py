@@ -22,7 +22,7 @@ def _load(name: str) -> str | None:
     """None once the library is loaded, else why it is not."""
     path = Path(__file__).with_name(name)
     if not path.exists():
-        return f"{name} was not built (no compiler was found when the package was installed)"
+        return f"{name} was not built when the package was installed (setup.py said why)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

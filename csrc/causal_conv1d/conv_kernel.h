@@ -121,7 +121,7 @@ MAMBA_SSM_INLINE void forward_tile(const Tile& tile, const ConvProblem& p, i64 b
     prefetch_next(tile, p.x, b, d, t);
     window[W - 1] = load_channels(tile, p.x, b, d, t);
     vfloat y = convolve<W>(tile, p, b, t, weight, bias, window);
-    if (p.silu) y = y * sigmoid(y);
+    if (p.silu) y = silu(y);
     if (is_padding(tile, p, b, t)) y = vfloat{};
     store_elements(p.out.data, at(p.out, b, d, t), tile.dtype, tile.lanes, y);
     for (int k = 0; k < W - 1; ++k) window[k] = window[k + 1];
@@ -339,7 +339,7 @@ void forward_rows(const ConvProblem& p, const Item& it) {
     stage_inputs<W>(p, b, d, it.t0, it.t1, row);
     for (i64 j = 0; j < n; j += kLanes) {
       vfloat y = convolve_row<W, Packed>(row, j, weight, p.bias[d]);
-      if (p.silu) y = y * sigmoid(y);
+      if (p.silu) y = silu(y);
       if (Packed) y = load_int(row.sequence + j + W - 1) >= 0 ? y : vfloat{};
       store(row.y + j, y);
     }
@@ -457,7 +457,7 @@ inline void update(const ConvUpdate& p, i64 begin, i64 end) {
         if (slot >= 0) store_element(p.state.data, at(p.state, row, d, slot), p.state_dtype, window[history]);
         float y = p.bias[d];
         for (int k = 0; k <= history; ++k) y += p.weight[k * p.dim + d] * window[k];
-        if (p.silu) y = y * sigmoid(splat(y))[0];
+        if (p.silu) y = silu(splat(y))[0];
         store_element(p.out.data, at(p.out, b, d, t), p.dtype, y);
         for (int k = 0; k < history; ++k) window[k] = window[k + 1];
       }

@@ -29,38 +29,45 @@ struct Exp2 {
 };
 
 #if MAMBA_SSM_LANES == 16
-// 2^z = 2^(k/32) 2^f with |f| <= 1/64: a table of 32 powers (and of their rounding errors), and a cubic for 2^f − 1.
+// 2^z = 2^(k/16) 2^f with |f| <= 1/32: a table of 16 powers (and of their rounding errors), and a cubic for 2^f − 1.
 // Half of the operations are shuffles, additions and scalings, which run beside the multiply-adds of the scan.
-alignas(64) constexpr float kPowers[32] = {
-    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
-    1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
-    1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
-    1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
-alignas(64) constexpr float kPowerErrors[32] = {
-    0.0f,       -4.708e-8f, 4.629e-8f,  -5.56e-8f,  -1.199e-8f, -4.878e-8f, 4.73e-8f,   -3.481e-8f,
-    3.193e-8f,  -2.689e-8f, 3.621e-8f,  1.118e-9f,  -3.099e-8f, -2.638e-8f, -7.475e-9f, -4.246e-8f,
-    1.711e-8f,  2.3e-8f,    -3.048e-8f, -1.654e-8f, 5.233e-9f,  -3.592e-8f, 6.108e-9f,  -3.114e-8f,
-    -1.472e-8f, -2.822e-8f, -5.259e-9f, -6.36e-9f,  -6.128e-9f, -2.488e-8f, 5.141e-9f,  -8.697e-9f};
+alignas(64) constexpr float kPowers[16] = {1.0f,        1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
+                                           1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                                           1.68179286f, 1.75625217f, 1.8340081f,  1.91520655f};
+alignas(64) constexpr float kPowerErrors[16] = {
+    0.0f,       4.629e-08f,  -1.199e-08f, 4.73e-08f,  3.193e-08f,  3.621e-08f,  -3.099e-08f, -7.475e-09f,
+    1.711e-08f, -3.048e-08f, 5.233e-09f,  6.108e-09f, -1.472e-08f, -5.259e-09f, -6.128e-09f, 5.141e-09f};
 
-MAMBA_SSM_INLINE vfloat lookup(const float (&table)[32], vfloat index) {
-  return (vfloat)_mm512_permutex2var_ps(_mm512_load_ps(table), (__m512i)index, _mm512_load_ps(table + 16));
+// The entry whose number is in the low four bits of each lane of `index`.
+MAMBA_SSM_INLINE vfloat lookup(const float (&table)[16], vfloat index) {
+  return (vfloat)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, _mm512_load_ps(table));
 }
 
-MAMBA_SSM_INLINE Exp2 exp2(vfloat z) {
-  constexpr float kRound = 393216.0f;  // 1.5 * 2^18: adding it rounds to 1/32 and leaves k in the low bits
+MAMBA_SSM_INLINE Exp2 exp2_and_minus_one(vfloat z) {
+  constexpr float kRound = 786432.0f;  // 1.5 * 2^19: adding it rounds to 1/16 and leaves k in the low bits
   const vfloat shifted = z + kRound;
-  const vfloat f = (vfloat)_mm512_maskz_reduce_ps(0xffff, (__m512)z, 5 << 4);  // z − k/32; 0 for an infinite z
+  const vfloat f = (vfloat)_mm512_maskz_reduce_ps(0xffff, (__m512)z, 4 << 4);  // z − k/16; 0 for an infinite z
   vfloat q = splat(0.0555041086f);
-  q = q * f + 0.240228272f;
+  q = q * f + 0.240233566f;
   q = q * f + 0.693147181f;
   const vfloat p = q * f + lookup(kPowerErrors, shifted);
   const vfloat power =
       (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)lookup(kPowers, shifted), (__m512)(shifted - kRound));
   return {power * p + power, power * p + (power - 1.0f)};
 }
+// 2^z alone, which needs no correction of the table.
+MAMBA_SSM_INLINE vfloat exp2(vfloat z) {
+  constexpr float kRound = 786432.0f;
+  const vfloat shifted = z + kRound;
+  const vfloat f = (vfloat)_mm512_maskz_reduce_ps(0xffff, (__m512)z, 4 << 4);
+  const vfloat p = ((0.0555041086f * f + 0.240233566f) * f + 0.693147181f) * f;
+  const vfloat power =
+      (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)lookup(kPowers, shifted), (__m512)(shifted - kRound));
+  return power * p + power;
+}
 #else
 // 2^z = 2^k 2^f with |f| <= 1/2: a degree-6 minimax polynomial for 2^f − 1, and k into the exponent.
-MAMBA_SSM_INLINE Exp2 exp2(vfloat z) {
+MAMBA_SSM_INLINE Exp2 exp2_and_minus_one(vfloat z) {
   constexpr float kRound = 12582912.0f;
   z = clamp(z, -126.0f, 127.9f);
   const vfloat shifted = z + kRound;
@@ -75,13 +82,18 @@ MAMBA_SSM_INLINE Exp2 exp2(vfloat z) {
   const vfloat power = bit_cast<vfloat>((bit_cast<vint>(shifted) << 23) + (127 << 23));
   return {power * p + power, power * p + (power - 1.0f)};
 }
+MAMBA_SSM_INLINE vfloat exp2(vfloat z) { return exp2_and_minus_one(z).value; }
 #endif
 
-// The bound keeps e^-x finite. (A division costs no more than an approximate reciprocal and a Newton step here.)
+// Arguments below −87 are taken as −87, where e^-x is still finite and both functions are 0 to 1e-35.
+// (A division costs no more than an approximate reciprocal and a Newton step here.)
 MAMBA_SSM_INLINE vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp(-at_least(x, -87.0f))); }
-MAMBA_SSM_INLINE vfloat silu(vfloat x) { return x / (1.0f + exp(-at_least(x, -87.0f))); }
+MAMBA_SSM_INLINE vfloat silu(vfloat x) {
+  x = at_least(x, -87.0f);
+  return x / (1.0f + exp(-x));
+}
 // d silu / dx, given s = sigmoid(x)
-MAMBA_SSM_INLINE vfloat silu_slope(vfloat x, vfloat s) { return s * (1.0f + x * (1.0f - s)); }
+MAMBA_SSM_INLINE vfloat silu_slope(vfloat x, vfloat s) { return s * (1.0f + at_least(x, -87.0f) * (1.0f - s)); }
 
 // log(1 + e^x) = max(x, 0) + log1p(w) with w = e^-|x| in (0, 1];  log1p(w) = 2 atanh(t), t = w/(2 + w) <= 1/3.
 // The relative error stays small for very negative x too, where softplus(x) is about e^x. Its slope is sigmoid(x).

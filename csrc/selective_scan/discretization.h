@@ -45,9 +45,18 @@ struct Exponential {
 };
 
 template <class V>
-MAMBA_SSM_HD Exponential<V> exponential2(V z) {
+MAMBA_SSM_HD V exponential2(V z) {
 #if defined(MAMBA_SSM_ISA)
-  const auto e = MAMBA_SSM_ISA::exp2(z);
+  return MAMBA_SSM_ISA::exp2(z);
+#else
+  return exp2f(z);
+#endif
+}
+
+template <class V>
+MAMBA_SSM_HD Exponential<V> exponential2_and_minus_one(V z) {
+#if defined(MAMBA_SSM_ISA)
+  const auto e = MAMBA_SSM_ISA::exp2_and_minus_one(z);
   return {e.value, e.minus_one};
 #else
   const V k = rintf(z);
@@ -129,11 +138,11 @@ struct Zoh {
   }
   template <class V>
   static MAMBA_SSM_HD Transition<V> forward(V delta, V rate) {
-    return {exponential2(delta * rate).value, delta};
+    return {exponential2(delta * rate), delta};
   }
   template <class V>
   static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, V rate) {
-    const V a_bar = exponential2(delta * rate).value;
+    const V a_bar = exponential2(delta * rate);
     return {a_bar, a_bar, delta, constant<V>(1.0f), V{}};
   }
 };
@@ -196,13 +205,13 @@ struct HoldSeries {
   }
   template <class V>
   static MAMBA_SSM_HD Transition<V> forward(V delta, const Coefficients<V>& k) {
-    const Exponential<V> e = exponential2(delta * k.rate);
+    const Exponential<V> e = exponential2_and_minus_one(delta * k.rate);
     const HeldInputs<V> p = held_inputs<kTerms>(delta, k.A, k.inverse, e.minus_one);
     return {e.value, weighted(p.p1, p.p2, p.p3)};
   }
   template <class V>
   static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, const Coefficients<V>& k) {
-    const Exponential<V> e = exponential2(delta * k.rate);
+    const Exponential<V> e = exponential2_and_minus_one(delta * k.rate);
     const HeldInputs<V> p = held_inputs<kTerms>(delta, k.A, k.inverse, e.minus_one);
     const V p2 = kTerms == 1 ? p.next : p.p2, p3 = kTerms == 2 ? p.next : p.p3;
     const V c = weighted(p.p1, p.p2, p.p3), c_delta = weighted(e.value, p.p1, p.p2);
@@ -236,7 +245,7 @@ struct Hold : HoldSeries<W1, W2, W3> {
   template <class V>
   static MAMBA_SSM_HD Transition<V> forward(V delta, const Coefficients<V>& k) {
     const V z = delta * k.rate;
-    const Exponential<V> e = exponential2(z);
+    const Exponential<V> e = exponential2_and_minus_one(z);
     V c = e.minus_one * k.all;
     if constexpr (W3 != 0) {
       c -= z * (z * k.squared + k.linear);
@@ -282,7 +291,7 @@ struct Foh : HoldSeries<0, 6, 0> {
   template <class V>
   static MAMBA_SSM_HD Transition<V> forward(V delta, const Coefficients<V>& k) {
     const V z = delta * k.rate, delta2 = delta * delta;
-    const Exponential<V> e = exponential2(z);
+    const Exponential<V> e = exponential2_and_minus_one(z);
     const V series = delta2 * ((z * (kLn2 * kLn2 / 24) + kLn2 / 6) * z + 0.5f);
     return {e.value, delta2 < k.near ? series : e.minus_one * k.all - z * k.linear};
   }
@@ -333,11 +342,11 @@ struct ExponentialWithPolynomialInput {
   }
   template <class V>
   static MAMBA_SSM_HD Transition<V> forward(V delta, const Coefficients<V>& k) {
-    return {exponential2(delta * k.rate).value, power(delta) * cubic(delta, k.m)};
+    return {exponential2(delta * k.rate), power(delta) * cubic(delta, k.m)};
   }
   template <class V>
   static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, const Coefficients<V>& k) {
-    const V a_bar = exponential2(delta * k.rate).value;
+    const V a_bar = exponential2(delta * k.rate);
     const Cubic<V> derivative{k.m.m0 * float(P), k.m.m1 * float(P + 1), k.m.m2 * float(P + 2), k.m.m3 * float(P + 3)};
     const V c_delta = P == 1 ? cubic(delta, derivative) : delta * cubic(delta, derivative);
     return {a_bar, a_bar, power(delta) * cubic(delta, k.m), c_delta, power(delta) * cubic(delta, k.slope)};

@@ -219,11 +219,17 @@ struct StateColumn {
 // Δ of a chunk, and dΔ/d delta for the backward pass (where `slope` is not null).
 MAMBA_SSM_ONCE void apply_delta_rule(const ScanParams& p, vfloat bias, int steps, const RowView& raw, float* delta,
                                      float* slope) {
-  for (int t = 0; t < steps; ++t) {
-    const vfloat x = raw.read(t) + bias;
-    const Softplus rule = p.delta_softplus ? softplus(x) : Softplus{x, splat(1.0f)};
-    store(delta + t * kLanes, rule.value);
-    if (slope != nullptr) store(slope + t * kLanes, rule.slope);
+  if (!p.delta_softplus) {
+    for (int t = 0; t < steps; ++t) store(delta + t * kLanes, raw.read(t) + bias);
+    for (int t = 0; slope != nullptr && t < steps; ++t) store(slope + t * kLanes, splat(1.0f));
+  } else if (slope == nullptr) {
+    for (int t = 0; t < steps; ++t) store(delta + t * kLanes, softplus(raw.read(t) + bias).value);
+  } else {
+    for (int t = 0; t < steps; ++t) {
+      const Softplus rule = softplus(raw.read(t) + bias);
+      store(delta + t * kLanes, rule.value);
+      store(slope + t * kLanes, rule.slope);
+    }
   }
 }
 
@@ -576,7 +582,7 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
       const vfloat u_t = load(u + i);
       vfloat gradient = load(dy + i) * p.scale;
       if (gated) {
-        const vfloat z = load(dz + i), s = sigmoid(z);
+        const vfloat z = at_least(load(dz + i), -87.0f), s = sigmoid(z);  // below, silu is 0
         store(dz + i, gradient * silu_slope(z, s));  // but for the factor y
         gradient *= z * s;
         store(y + i, has_addend ? skip * u_t + load(y + i) : skip * u_t);
