@@ -583,7 +583,7 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
       vfloat gradient = load(dy + i) * p.scale;
       if (gated) {
         const vfloat z = at_least(load(dz + i), -87.0f), s = sigmoid(z);  // below, silu is 0
-        store(dz + i, gradient * silu_slope(z, s));  // but for the factor y
+        store(dz + i, gradient * silu_slope(z, s));                       // but for the factor y
         gradient *= z * s;
         store(y + i, has_addend ? skip * u_t + load(y + i) : skip * u_t);
       }
