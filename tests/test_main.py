@@ -414,6 +414,11 @@ def test_image_folder_run_resumes_with_workers(digit_folder, tmp_path):
     assert_same_run(broken, whole)
 
 
+def test_an_unknown_augmentation_policy_is_named(digit_folder):
+    with pytest.raises(DataError, match="--aa 'nonsense' is not an augmentation policy"):
+        main([*FOLDER_TOY, "--data-path", str(digit_folder), "--num_workers", "0", "--aa", "nonsense"])
+
+
 def test_classes_that_differ_are_named(digit_folder, tmp_path):
     (tmp_path / "train").symlink_to(digit_folder / "train")
     (tmp_path / "val").mkdir()
@@ -531,6 +536,9 @@ def test_the_data_set_decides_defaults_and_the_command_line_wins():
         (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
         (["--lr", "nan"], "--lr: nan is not above 0"),
         (["--smoothing", "1"], "--smoothing 1.0 is not below 1"),
+        (["--reprob", "2"], "--reprob: 2 is not a probability"),
+        (["--mixup-prob", "-1"], "--mixup-prob: -1 is not at least 0"),
+        (["--model-kwargs", "img_size=64"], "use --input-size"),
         (["--epochs", "-1"], "--epochs"),
         (["--model-kwargs", "depth"], "'depth' is not KEY=VALUE"),
         (["--batch-size", "3"], "mixup and cutmix need an even one"),

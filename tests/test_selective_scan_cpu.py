@@ -535,6 +535,15 @@ def test_memory_is_linear_and_holds_no_state_per_step():
 
 
 @needs_kernel
+def test_second_derivatives_are_refused():
+    u, delta, A, B = (torch.randn(s).requires_grad_() for s in ((1, 4, 5), (1, 4, 5), (4, 2), (1, 2, 5)))
+    out = selective_scan_fn(u, delta, A, B, B.detach(), delta_softplus=True)
+    (gradient,) = torch.autograd.grad(out.square().sum(), u, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no derivative of its own"):
+        gradient.sum().backward()
+
+
+@needs_kernel
 def test_other_instruction_sets(rerun_on_instruction_set):
     rerun_on_instruction_set(
         "test_every_method and reverse or test_values_match and 0.7 or test_layouts and float32 or test_derivatives"

@@ -541,11 +541,23 @@ def test_factory_arguments():
         ({"cls_token_position": "head", "if_cls_token": False}, "needs if_cls_token=True"),
         ({"bimamba_type": "v3"}, "bimamba_type must be one of none, v1, v2"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and below 1; got 1.0"),
+        ({"depth": 0}, "depth must be at least 1; got 0"),
+        ({"num_classes": -1}, "num_classes must be at least 0; got -1"),
+        ({"patch_size": 0}, "patch_size must be at least 1"),
+        ({"d_state": 257}, "d_state must be from 1 to 256; got 257"),
+        ({"ssm_cfg": {"d_conv": 5}}, "d_conv must be from 2 to 4; got 5"),
+        ({"ssm_cfg": {"dt_rank": 0}}, "dt_rank must be 'auto' or at least 1; got 0"),
     ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+def test_an_empty_batch_is_refused():
+    model = build()
+    with pytest.raises(ValueError, match="images must not be empty"):
+        model(torch.empty(0, 3, *model.patch_embed.img_size))
 
 
 def test_classifier_interface():

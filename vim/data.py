@@ -195,16 +195,21 @@ def _transform(args: argparse.Namespace, train: bool) -> transforms.Compose:
     if not train:
         crop = 1.0 if small else args.eval_crop_ratio
         return create_transform(args.input_size, interpolation=args.train_interpolation, crop_pct=crop)
-    transform = create_transform(
-        args.input_size,
-        is_training=True,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        interpolation=args.train_interpolation,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-    )
+    try:
+        transform = create_transform(
+            args.input_size,
+            is_training=True,
+            color_jitter=args.color_jitter,
+            auto_augment=None if args.aa == "none" else args.aa,
+            interpolation=args.train_interpolation,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
+    except (AssertionError, ValueError) as error:
+        raise DataError(
+            f"--aa {args.aa!r} is not an augmentation policy of timm (such as rand-m9-mstd0.5-inc1, or none): {error!r}"
+        ) from error
     if small:
         transform.transforms[0] = transforms.Compose(
             [transforms.Resize(args.input_size), transforms.RandomCrop(args.input_size, padding=4)]

@@ -73,6 +73,13 @@ _positive = _above(0)
 _not_negative = _above(0, or_equal=True)
 
 
+def _probability(text: str) -> float:
+    value = _not_negative(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a probability, from 0 to 1")
+    return value
+
+
 def _key_value(text: str) -> tuple[str, Any]:
     """`KEY=VALUE` with VALUE a Python literal, or else a string."""
     key, equals, value = text.partition("=")
@@ -131,13 +138,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--smoothing", type=_not_negative, default=0.1, help="label smoothing")
     add("--mixup", type=_not_negative, default=0.8, help="alpha, 0 is off (DIGITS: 0)")
     add("--cutmix", type=_not_negative, default=1.0, help="alpha, 0 is off (DIGITS: 0)")
-    add("--mixup-prob", type=_not_negative, default=1.0)
-    add("--mixup-switch-prob", type=_not_negative, default=0.5)
+    add("--mixup-prob", type=_probability, default=1.0)
+    add("--mixup-switch-prob", type=_probability, default=0.5)
     add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch")
     add("--color-jitter", type=_not_negative, default=0.3)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
-    add("--reprob", type=_not_negative, default=0.25, help="probability of random erasing")
+    add("--reprob", type=_probability, default=0.25, help="probability of random erasing")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel")
     add("--recount", type=_positive_int, default=1)
     add("--eval-crop-ratio", type=_positive, default=0.875)
@@ -170,6 +177,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ConfigError(f"--discretization-method is for Vision Mamba; {args.model} has no state space")
     if args.opt not in list_optimizers():
         raise ConfigError(f"--opt {args.opt} is not known{_did_you_mean(args.opt, list_optimizers())}")
+    if "img_size" in args.model_kwargs:
+        raise ConfigError("--model-kwargs img_size=… would not match the images: use --input-size")
     if args.smoothing >= 1:
         raise ConfigError(f"--smoothing {args.smoothing} is not below 1")
     if args.batch_size % 2 and (args.mixup or args.cutmix) and not args.eval:

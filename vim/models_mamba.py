@@ -69,6 +69,9 @@ class PatchEmbed(nn.Module):
         self.img_size = to_2tuple(img_size)
         self.patch_size = to_2tuple(patch_size)
         self.stride = to_2tuple(stride)
+        for name, size in (("img_size", self.img_size), ("patch_size", self.patch_size), ("stride", self.stride)):
+            if min(size) < 1:
+                raise ValueError(f"{name} must be at least 1; got {size}")
         self.channels = channels
         self.dynamic_img_size = dynamic_img_size
         proj = nn.Conv2d(channels, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
@@ -105,6 +108,8 @@ class PatchEmbed(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"images must have shape (B, {self.channels}, H, W); got {tuple(x.shape)}")
+        if 0 in x.shape:
+            raise ValueError(f"images must not be empty; got shape {tuple(x.shape)}: skip empty batches")
         if not x.is_floating_point():
             raise TypeError(f"images must be floating point; got {x.dtype}: convert, e.g. images.float() / 255")
         if not self.dynamic_img_size and x.shape[-2:] != self.img_size:
@@ -271,6 +276,9 @@ class VisionMamba(nn.Module):
         dynamic_img_size: bool = False,
     ):
         super().__init__()
+        for name, value, low in (("depth", depth, 1), ("embed_dim", embed_dim, 1), ("num_classes", num_classes, 0)):
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}; got {value}")
         if if_bidirectional and depth % 2:
             raise ValueError(f"if_bidirectional runs blocks in pairs and needs an even depth; got {depth}")
         if not 0 <= drop_path_rate < 1:
@@ -630,7 +638,6 @@ def _create(variant: str, pretrained: bool, defaults: Mapping[str, Any], overrid
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=("global_pool",),
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **{"final_pool_type": "mean", **defaults, **overrides},
     )

@@ -266,8 +266,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dinitial_state = new_floats(u, {p.batch, p.channels, p.states});
 
   ScanGradients g{};
-  g.splits = std::clamp<std::int64_t>((kBackwardTasks + p.batch * p.groups - 1) / (p.batch * p.groups), 1,
-                                      blocks_per_group(p, kernels.lanes));
+  // Each task has sums of its own for dB and dC; the second bound keeps all of them within the size of u (for large N:
+  // within 4 N per step and batch element).
+  const std::int64_t per_group = p.channels / p.groups;
+  const std::int64_t most =
+      std::min(blocks_per_group(p, kernels.lanes), std::max<std::int64_t>(4, per_group / p.states));
+  g.splits = std::clamp<std::int64_t>((kBackwardTasks + p.batch * p.groups - 1) / (p.batch * p.groups), 1, most);
   const auto new_sums = [&](const InputMatrix& m) {
     return m.constant ? new_floats(u, {p.batch, p.channels, p.states})
                       : new_floats(u, {p.batch, p.groups, g.splits, p.states, p.length});

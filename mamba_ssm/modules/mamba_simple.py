@@ -18,6 +18,7 @@ from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.discretization_ref import get_method
 from mamba_ssm.ops.mamba_inner import gated_scan, scan_arguments, split_channels
 from mamba_ssm.ops.selective_scan_interface import ScanArgs, bidirectional_scan_fn
+from mamba_ssm.ops.selective_scan_ref import MAX_STATES
 from mamba_ssm.ops.selective_state_update import selective_state_update
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
@@ -72,6 +73,11 @@ class Mamba(nn.Module):
             raise ValueError(f"bimamba_type must be one of {', '.join(BIMAMBA_TYPES)}; got {bimamba_type!r}")
         get_method(discretization_method)  # unknown: ValueError that lists the known
         factory = {"device": device, "dtype": dtype}
+        for name, value, low, high in (("d_state", d_state, 1, MAX_STATES), ("d_conv", d_conv, 2, 4)):
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be from {low} to {high}; got {value}")
+        if dt_rank != "auto" and dt_rank < 1:
+            raise ValueError(f"dt_rank must be 'auto' or at least 1; got {dt_rank}")
         self.d_model = d_model
         self.d_state = d_state
         self.d_conv = d_conv
