@@ -161,9 +161,7 @@ struct BackwardScratch {
 };
 
 MAMBA_SSM_INLINE vfloat activation_gradient(const ConvProblem& p, vfloat y, vfloat dout) {
-  if (!p.silu) return dout;
-  const vfloat s = sigmoid(y);
-  return dout * (s + s * (y * (1.0f - s)));
+  return p.silu ? dout * silu_slope(y, sigmoid(y)) : dout;
 }
 
 template <int W, class Tile>

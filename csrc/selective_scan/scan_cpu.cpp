@@ -1,5 +1,5 @@
 // The CPU implementation of the operators mamba_ssm::selective_scan_fwd and _bwd: checks, allocation, tasks on threads.
-// The schemas and what the arguments mean are in mamba_ssm/ops/selective_scan_interface.py.
+// The schemas and what the arguments mean are in mamba_ssm/ops/selective_scan.py.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
