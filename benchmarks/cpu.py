@@ -16,58 +16,63 @@ import argparse
 import datetime
 import functools
 import itertools
-import json
 import math
 import multiprocessing
 import os
 import platform
-import resource
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ["KINETO_LOG_LEVEL"] = "6"  # read when torch is imported: the profiler would report every start and stop
 
 import timm
 import torch
 import torch.nn.functional as F
-from measure import Check, Section, Table, Timing, check_table, measure, milliseconds, ratio, significant
+from measure import (
+    Check,
+    Section,
+    Table,
+    Timing,
+    check_table,
+    measure_with_progress,
+    milliseconds,
+    ratio,
+    significant,
+)
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from workloads import (
+    ROOT,
+    ScanFn,
+    Shape,
+    create,
+    forward,
+    forward_backward,
+    inference,
+    memory_peak,
+    reset_memory_peak,
+    revision,
+    scan_cases,
+    scan_inputs,
+    training_step,
+    write,
+)
 
-import vim.models_mamba  # noqa: F401  (registers vim_tiny with timm)
 from mamba_ssm._backend import ENVIRONMENT_VARIABLE, unavailable, use_kernel
 from mamba_ssm.ops.discretization_ref import METHODS
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Operations per state-step, the exponential counted as one: what remains are multiply-adds. Backward recomputes nothing
 # of the forward in this count.
 FORWARD_OPERATIONS = 1 + 4
 BACKWARD_OPERATIONS = 1 + 14
-
-
-class Shape(NamedTuple):
-    batch: int
-    channels: int
-    length: int
-    states: int
-
-    @property
-    def state_steps(self) -> int:
-        return math.prod(self)
-
-    def __str__(self) -> str:
-        return f"B {self.batch}, D {self.channels}, L {self.length}, N {self.states}"
 
 
 VIM_TINY = Shape(8, 384, 197, 16)
@@ -92,18 +97,7 @@ class Bench:
     def measure(
         self, what: str, candidates: dict[str, Callable[[], object]], rounds: int | None = None
     ) -> dict[str, Timing]:
-        rounds = rounds or self.rounds
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # Refreshed between rounds only: a refreshing thread would disturb what is timed.
-        with Progress(*columns, console=self.console, auto_refresh=False, transient=True) as progress:
-            task = progress.add_task(what, total=rounds + 1)
-
-            def on_round() -> None:
-                progress.advance(task)
-                progress.refresh()
-
-            progress.refresh()
-            return measure(candidates, rounds, self.slice_s, on_round)
+        return measure_with_progress(self.console, what, candidates, rounds or self.rounds, self.slice_s)
 
 
 # ---- ceiling -------------------------------------------------------------------------------------------------------
@@ -164,68 +158,6 @@ def ceiling(bench: Bench) -> Section:
 
 
 # ---- scan ----------------------------------------------------------------------------------------------------------
-
-
-def scan_inputs(shape: Shape) -> dict[str, Tensor]:
-    """What a mixer hands to its scan: views of channel-last memory, and Δ and A as of a fresh model.
-
-    Every view is a leaf: its gradient is the scan's own, and not widened to the tensor that it is a slice of.
-    """
-    batch, channels, length, states = shape
-    rank = math.ceil(channels / 2 / 16)
-    u, z = torch.randn(batch, length, 2 * channels).transpose(1, 2).chunk(2, dim=1)
-    B, C = torch.randn(batch, length, rank + 2 * states)[..., rank:].transpose(1, 2).chunk(2, dim=1)
-    step = torch.empty(channels).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
-    inputs = {
-        "u": u,
-        "delta": torch.empty(batch, length, channels).normal_(std=0.1).transpose(1, 2),
-        "A": -torch.arange(1.0, states + 1).repeat(channels, 1),
-        "B": B,
-        "C": C,
-        "D": torch.ones(channels),
-        "z": z,
-        "delta_bias": step + torch.log(-torch.expm1(-step)),  # the inverse of softplus
-    }
-    return {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-
-
-class ScanCase(NamedTuple):
-    inputs: dict[str, Tensor]
-    dout: Tensor
-
-
-def scan_cases(shape: Shape, rotated_bytes: int = 0) -> list[ScanCase]:
-    """Input sets to rotate among: at least one, of rotated_bytes together."""
-    bytes_per_set = 4 * shape.batch * shape.length * (5 * shape.channels + 2 * shape.states)
-    count = max(1, math.ceil(rotated_bytes / bytes_per_set))
-    return [
-        ScanCase(scan_inputs(shape), torch.randn(shape.batch, shape.length, shape.channels).transpose(1, 2))
-        for _ in range(min(count, 256))
-    ]
-
-
-ScanFn = Callable[..., Tensor]
-
-
-def forward(scan: ScanFn, cases: Sequence[ScanCase], method: str) -> Callable[[], object]:
-    rotating = itertools.cycle(cases)
-
-    @torch.no_grad()
-    def run() -> Tensor:
-        return scan(**next(rotating).inputs, delta_softplus=True, discretization_method=method)
-
-    return run
-
-
-def forward_backward(scan: ScanFn, cases: Sequence[ScanCase], method: str) -> Callable[[], object]:
-    rotating = itertools.cycle(cases)
-
-    def run() -> tuple[Tensor, ...]:
-        inputs, dout = next(rotating)
-        out = scan(**inputs, delta_softplus=True, discretization_method=method)
-        return torch.autograd.grad(out, list(inputs.values()), dout)
-
-    return run
 
 
 AHEAD = "discretized ahead"
@@ -368,20 +300,6 @@ def methods(bench: Bench) -> Section:
 # ---- length --------------------------------------------------------------------------------------------------------
 
 
-def memory_peak() -> int:
-    """The most bytes this process has had resident, on Linux since `reset_memory_peak`."""
-    status = Path("/proc/self/status")
-    if status.exists():  # not ru_maxrss, which a child process inherits from its parent
-        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-
-
-def reset_memory_peak() -> None:
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
-
-
 def peak_memory(threads: int, shape: Shape, method: str) -> int:
     """Bytes that a scan forward and backward adds to a fresh process, its inputs and gradients included."""
     torch.set_num_threads(threads)
@@ -449,35 +367,6 @@ def length(bench: Bench) -> Section:
 # ---- model ---------------------------------------------------------------------------------------------------------
 
 VIM, DEIT, PRODUCTS = "vim_tiny", "deit_tiny_patch16_224", "vim_tiny, matrix products alone"
-
-
-def create(name: str, size: int, method: str) -> nn.Module:
-    options = {"discretization_method": method} if name == VIM else {}
-    return timm.create_model(name, img_size=size, drop_path_rate=0.0, **options)
-
-
-def inference(model: nn.Module, images: Sequence[Tensor]) -> Callable[[], object]:
-    rotating = itertools.cycle(images)
-
-    @torch.inference_mode()
-    def run() -> Tensor:
-        model.eval()
-        return model(next(rotating))
-
-    return run
-
-
-def training_step(model: nn.Module, images: Sequence[Tensor]) -> Callable[[], object]:
-    """Forward, loss and backward; no optimizer."""
-    rotating = itertools.cycle(images)
-
-    def run() -> None:
-        model.train()
-        x = next(rotating)
-        F.cross_entropy(model(x), torch.arange(len(x))).backward()
-        model.zero_grad()
-
-    return run
 
 
 class RecordLinear(TorchFunctionMode):
@@ -643,31 +532,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def revision() -> str | None:
-    def git(*command: str) -> str | None:
-        try:
-            result = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return result.stdout.strip()
-
-    head = git("rev-parse", "HEAD")
-    return f"{head} with local changes" if head and git("status", "--porcelain", "--untracked-files=no") else head
-
-
 def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def write(section: Section, record: dict[str, Any], folder: Path) -> None:
-    record = {
-        **record,
-        "section": section.name,
-        "checks": [{**asdict(check), "met": check.met} for check in section.checks],
-        "figures": section.figures,
-    }
-    (folder / f"{section.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{section.name}.md").write_text("\n".join(t.markdown() for t in section.tables), encoding="utf-8")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
 
@@ -56,12 +58,24 @@ class Ratio:
         return significant(self.value), f"{significant(self.low)} … {significant(self.high)}"
 
 
+def wall_clock(call: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def measure(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, slice_s: float, on_round: Callable[[], object]
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    slice_s: float,
+    on_round: Callable[[], object],
+    seconds_of: Callable[[Callable[[], object]], float] = wall_clock,
 ) -> dict[str, Timing]:
     """Time the candidates: per round each is called for `slice_s` seconds, at least once; one more round warms up.
 
-    Every other round runs in reversed order. Calls on_round after each round, outside of what is timed.
+    Every other round runs in reversed order. Calls on_round after each round, outside of what is timed. seconds_of
+    calls a candidate and says how long it took.
     """
     times: dict[str, list[list[float]]] = {name: [] for name in candidates}
     collecting = gc.isenabled()
@@ -70,7 +84,7 @@ def measure(
         for round_ in range(rounds + 1):
             gc.collect()
             for name in list(candidates)[:: -1 if round_ % 2 else 1]:
-                times[name].append(_calls(candidates[name], slice_s))
+                times[name].append(_calls(candidates[name], slice_s, seconds_of))
             on_round()
     finally:
         if collecting:
@@ -78,15 +92,36 @@ def measure(
     return {name: Timing(calls[1:]) for name, calls in times.items()}
 
 
-def _calls(candidate: Callable[[], object], slice_s: float) -> list[float]:
+def _calls(
+    candidate: Callable[[], object], slice_s: float, seconds_of: Callable[[Callable[[], object]], float]
+) -> list[float]:
     calls: list[float] = []
     end = time.perf_counter() + slice_s
-    while True:
-        start = time.perf_counter()
-        candidate()
-        calls.append(time.perf_counter() - start)
-        if time.perf_counter() >= end:
-            return calls
+    while not calls or time.perf_counter() < end:
+        calls.append(seconds_of(candidate))
+    return calls
+
+
+def measure_with_progress(
+    console: Console,
+    what: str,
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    slice_s: float,
+    seconds_of: Callable[[Callable[[], object]], float] = wall_clock,
+) -> dict[str, Timing]:
+    """`measure`, with a progress bar named `what`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Refreshed between rounds only: a refreshing thread would disturb what is timed.
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
+        task = progress.add_task(what, total=rounds + 1)
+
+        def on_round() -> None:
+            progress.advance(task)
+            progress.refresh()
+
+        progress.refresh()
+        return measure(candidates, rounds, slice_s, on_round, seconds_of)
 
 
 def ratio(a: Timing, b: Timing) -> Ratio:
