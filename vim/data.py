@@ -1,137 +1,123 @@
-"""Data sets by name, as loaders of (images (B, C, H, W) float32, labels (B,) int64) batches.
+"""Data sets by name, their augmentation, and the loader for them; see `vim.loaders` for what a loader promises."""
 
-A loader's order and augmentation are functions of (seed, epoch) (`set_epoch`), so that an epoch can be repeated.
-"""
+from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterator
+import importlib.util
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_transform
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from timm.data import IterableImageDataset, auto_augment, create_dataset, create_transform
+from timm.data.transforms import ResizeKeepRatio
+from timm.layers import to_2tuple
 from torchvision import datasets, transforms
 from torchvision.datasets.folder import default_loader
 
-# Defaults of flags that the data set decides; the command line wins over them.
-DATA_SETS: dict[str, dict[str, object]] = {
+from vim.loaders import DataError, EpochOrder, ImageLoader, ImageSource, Loader, StreamLoader, TensorLoader
+
+# Defaults of flags that the data set decides; YAML and the command line win over them.
+DATA_SETS: dict[str, dict[str, Any]] = {
     "IMNET": {},
+    "INAT": {},
+    "INAT19": {},
     "CIFAR10": {},
     "CIFAR100": {},
-    "DIGITS": {"input_size": 8, "mixup": 0.0, "cutmix": 0.0},
+    "DIGITS": {"input_size": 8, "mixup": 0.0, "cutmix": 0.0, "repeated_aug": False},
 }
+# timm's schemes, and the package that each needs. hfds/ gives access to any image, the others are streams.
+SCHEMES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+
+_INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
 _DIGITS_MEAN, _DIGITS_STD = 0.305, 0.376  # over all pixels, of values in [0, 1]
+# Images this small are padded and cropped instead of rescaled, as in DeiT.
+_SMALL = 32
 
 
-class DataError(RuntimeError):
-    """A data set is missing, malformed, or does not fit the flags."""
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's strongest level keeps 0 bits: a black image with the Pillow of the published runs, an error since 13."""
+    return auto_augment.posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 
-class EpochLoader(DataLoader):
-    """A DataLoader whose order and workers' seeds depend on (seed, epoch) alone.
-
-    `classes`: the class names, in label order.
-    """
-
-    def __init__(self, dataset: Dataset, *, train: bool, seed: int, batch_size: int, **options) -> None:
-        self.classes: list[str] = list(dataset.classes)
-        self.seed = seed
-        generator = torch.Generator()
-        sampler = RandomSampler(dataset, generator=generator) if train else SequentialSampler(dataset)
-        super().__init__(dataset, batch_size, sampler=sampler, generator=generator, drop_last=train, **options)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(_mix_seed(self.seed, epoch))
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        try:
-            yield from super().__iter__()
-        except DataError as error:
-            # From a worker process it arrives wrapped in that process's traceback; its own text comes last.
-            raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from None
+auto_augment.NAME_TO_OP.update({"Posterize": _posterize, "PosterizeIncreasing": _posterize})
 
 
-class TensorLoader:
-    """Batches of a data set that is held in memory, augmented as whole batches.
-
-    images: (N, C, H, W) float32 in [0, 1], background 0; labels: (N,) int64; classes: names, in label order.
-    train: shuffled, augmented, full batches only; otherwise in order, complete.
-    """
-
-    def __init__(
-        self, images: Tensor, labels: Tensor, classes: list[str], *, train: bool, seed: int, batch_size: int
-    ) -> None:
-        self.images, self.labels, self.classes = images, labels, classes
-        self.train, self.seed, self.batch_size = train, seed, batch_size
-        self.generator = torch.Generator()
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(_mix_seed(self.seed, epoch))
-
-    def __len__(self) -> int:
-        return len(self.images) // self.batch_size if self.train else math.ceil(len(self.images) / self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(self.images)
-        order = torch.randperm(count, generator=self.generator) if self.train else torch.arange(count)
-        for step in range(len(self)):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            images = self.images[chosen]
-            if self.train:
-                images = random_affine(images, self.generator)
-            yield (images - _DIGITS_MEAN) / _DIGITS_STD, self.labels[chosen]
+def data_set_name(text: str) -> str:
+    """The name under which a data set is known: CIFAR is CIFAR100. Raises DataError, listing the known ones."""
+    name = "CIFAR100" if text == "CIFAR" else text
+    scheme, slash, _ = name.partition("/")
+    if name not in DATA_SETS and not (slash and scheme in SCHEMES):
+        schemes = ", ".join(f"{scheme}/…" for scheme in SCHEMES)
+        raise DataError(f"--data-set {text} is not known; choose {', '.join(DATA_SETS)}, CIFAR, or timm's {schemes}")
+    return name
 
 
-Loader = EpochLoader | TensorLoader
+def data_set_defaults(name: str) -> dict[str, Any]:
+    """Defaults of flags for the data set of that name."""
+    return DATA_SETS.get(name, {"repeated_aug": False})
 
 
-def build_loader(args: argparse.Namespace, *, train: bool, channels: int, pin_memory: bool = False) -> Loader:
-    """The training or the held-out loader of `args.data_set`.
+def build_loader(
+    args: argparse.Namespace,
+    *,
+    train: bool,
+    channels: int,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """The training or the held-out loader of `args.data_set`, `rank`'s share of it.
 
     channels: of the images, as the model wants them. Photographs are RGB; the digits' one channel is repeated.
 
     Raises DataError if the data are not there or not as they must be.
     """
-    if args.data_set == "DIGITS":
-        loader: Loader = _digits(args, train, channels)
+    name, scheme = args.data_set, _scheme(args.data_set)
+    if name == "DIGITS":
+        loader: Loader = _digits(args, train, channels, rank, world_size)
+    elif channels != 3:
+        raise DataError(f"{name} has RGB images, but the model is made for {channels} channels")
+    elif scheme in ("wds", "hfids"):
+        loader = _stream(args, train, rank, pin_memory)
     else:
-        if channels != 3:
-            raise DataError(f"{args.data_set} has RGB images, but the model is made for {channels} channels")
-        build_dataset = _image_folder if args.data_set == "IMNET" else _cifar
-        loader = EpochLoader(
-            build_dataset(args, train),
-            train=train,
-            seed=args.seed,
-            batch_size=args.batch_size,
+        source = _image_source(args, train)
+        loader = ImageLoader(
+            source,
+            _transform(args, train),
+            _order(args, len(source), train, rank, world_size),
             num_workers=args.num_workers,
             pin_memory=pin_memory,
         )
-    if len(loader) == 0:
-        raise DataError(f"--batch-size {args.batch_size}: the training set has fewer images; choose a smaller one")
+    if scheme is None and (args.train_split or args.val_split):
+        raise DataError(f"--train-split and --val-split are for {', '.join(SCHEMES)}; {name} has its own")
+    if args.num_classes not in (None, len(loader.classes)):
+        raise DataError(f"--num-classes {args.num_classes}: {name} has {len(loader.classes)} classes")
+    if train and len(loader) == 0:
+        raise DataError(
+            f"--batch-size {args.batch_size}: the training set has fewer images for each of {world_size} processes; "
+            "choose a smaller one"
+        )
     return loader
 
 
-def random_affine(
-    images: Tensor, generator: torch.Generator, *, degrees: float = 10.0, shift: float = 0.1, zoom: float = 0.1
-) -> Tensor:
-    """Rotate, zoom and shift each image of a batch (B, C, H, W) at random; what comes in from outside is 0.
-
-    Uniform in ±degrees, 1 ± zoom, and ±shift of the width and height.
-    """
-    angle, scale, dx, dy = torch.rand(4, len(images), generator=generator) * 2 - 1
-    angle, scale = angle * math.radians(degrees), 1 + scale * zoom
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    # Coordinates run from -1 to 1, so the whole width is 2.
-    theta = torch.stack([cos, -sin, 2 * shift * dx, sin, cos, 2 * shift * dy], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+def _order(args: argparse.Namespace, count: int, train: bool, rank: int, world_size: int) -> EpochOrder:
+    return EpochOrder(
+        count,
+        train=train,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        repeats=args.repeated_aug,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
-def _digits(args: argparse.Namespace, train: bool, channels: int) -> TensorLoader:
+def _digits(args: argparse.Namespace, train: bool, channels: int, rank: int, world_size: int) -> TensorLoader:
     """scikit-learn's 1,797 handwritten digits, 8x8; the same fifth of each class is held out whatever the seed."""
     # Here, because only this data set needs scikit-learn, which takes a second to import.
     try:
@@ -144,40 +130,188 @@ def _digits(args: argparse.Namespace, train: bool, channels: int) -> TensorLoade
     split = train_test_split(digits.images / 16.0, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
     images, labels = split[0::2] if train else split[1::2]
     images = torch.from_numpy(images).float()[:, None]
-    size = args.input_size
-    if size != images.shape[-1]:
-        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    size = to_2tuple(args.input_size)
+    if size != tuple(images.shape[-2:]):
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
     return TensorLoader(
         images.repeat(1, channels, 1, 1),
         torch.from_numpy(labels).long(),
         [str(name) for name in digits.target_names],
-        train=train,
-        seed=args.seed,
-        batch_size=args.batch_size,
+        _order(args, len(images), train, rank, world_size),
+        title="DIGITS, training image" if train else "DIGITS, held-out image",
+        mean=_DIGITS_MEAN,
+        std=_DIGITS_STD,
     )
 
 
-def _image_folder(args: argparse.Namespace, train: bool) -> Dataset:
-    """`data_path/{train,val}/<class>/<image>`, the layout of ImageNet as everyone unpacks it."""
-    root = _data_path(args) / ("train" if train else "val")
-    if not root.is_dir():
-        raise DataError(f"no folder {root}; --data-path must hold train/ and val/ with one folder per class")
-    try:
-        return datasets.ImageFolder(str(root), _transform(args, train), loader=_load_image)
-    except FileNotFoundError as error:  # no class folders, or one without images: the message names it
-        raise DataError(f"{root}: {error}") from error
+class _Files:
+    """Images in files of their own: samples of (path, label)."""
+
+    def __init__(self, classes: list[str], samples: Sequence[tuple[str, int]]) -> None:
+        self.classes, self.samples = classes, samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return default_loader(path), label
+
+    def name(self, index: int) -> str:
+        return self.samples[index][0]
 
 
-def _cifar(args: argparse.Namespace, train: bool) -> Dataset:
+class _Archive:
+    """Images without files of their own: a torchvision data set of (RGB image, label)."""
+
+    def __init__(self, title: str, dataset: Any) -> None:
+        self.classes, self.title, self.dataset = list(dataset.classes), title, dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.dataset[index]
+
+    def name(self, index: int) -> str:
+        return f"{self.title} {index}"
+
+
+class _Reader:
+    """Images that a random-access reader of timm gives as (file, label)."""
+
+    def __init__(self, title: str, classes: list[str], reader: Any) -> None:
+        self.title, self.classes, self.reader = title, classes, reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, label = self.reader[index]
+        return Image.open(file).convert("RGB"), label
+
+    def name(self, index: int) -> str:
+        return f"{self.title} {index}"
+
+
+def _image_source(args: argparse.Namespace, train: bool) -> ImageSource:
+    if _scheme(args.data_set):
+        dataset = _timm_dataset(args, train)
+        return _Reader(args.data_set, _class_names(args, dataset.reader), dataset.reader)
     root = _data_path(args)
-    kind = getattr(datasets, args.data_set)
+    if args.data_set in _INAT_YEARS:
+        return _inat(root, _INAT_YEARS[args.data_set], args.inat_category, train)
+    if args.data_set == "IMNET":
+        return _image_folder(root / ("train" if train else "val"))
+    return _cifar(root, args.data_set, train)
+
+
+def _image_folder(folder: Path) -> _Files:
+    """`folder/<class>/<image>`, the layout of ImageNet as everyone unpacks it."""
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}; --data-path must hold train/ and val/ with one folder per class")
     try:
-        return kind(str(root), train, _transform(args, train), download=False)
+        dataset = datasets.ImageFolder(str(folder))
+    except FileNotFoundError as error:  # no class folders, or one without images: the message names it
+        raise DataError(f"{folder}: {error}") from error
+    return _Files(dataset.classes, dataset.samples)
+
+
+def _inat(root: Path, year: int, category: str, train: bool) -> _Files:
+    """iNaturalist 2018 or 2019 as its archives unpack: {train,val}YEAR.json, categories.json, and the images.
+
+    A class is a value of `category`. As in DeiT, classes are numbered as they first occur in the training annotations.
+    """
+    taxa = {taxon["id"]: taxon for taxon in _json(root / "categories.json")}
+    try:
+        taxon_names = {key: taxon[category] for key, taxon in taxa.items()}
+        in_order = (taxon_names[entry["category_id"]] for entry in _json(root / f"train{year}.json")["annotations"])
+        labels = {name: label for label, name in enumerate(dict.fromkeys(in_order))}
+        listing = _json(root / f"{'train' if train else 'val'}{year}.json")
+        taxon_of = {entry["image_id"]: entry["category_id"] for entry in listing["annotations"]}
+        samples = [
+            (str(root / entry["file_name"]), labels[taxon_names[taxon_of[entry["id"]]]]) for entry in listing["images"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"the annotations of iNaturalist {year} in {root} lack the entry {error}; if that is the category, choose "
+            f"another --inat-category of {', '.join(INAT_CATEGORIES)}"
+        ) from error
+    return _Files(list(labels), samples)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; --data-path must hold iNaturalist's json files"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path} is not json: {error}") from error
+
+
+def _cifar(root: Path, name: str, train: bool) -> _Archive:
+    kind = getattr(datasets, name)
+    try:
+        dataset = kind(str(root), train, download=False)
     except RuntimeError as error:
         raise DataError(
-            f"{args.data_set} is not in {root}, or its files are damaged: unpack {kind.url} there, "
+            f"{name} is not in {root}, or its files are damaged: unpack {kind.url} there, "
             f"so that {root / kind.base_folder} exists"
         ) from error
+    return _Archive(f"{name}, {'training' if train else 'test'} image", dataset)
+
+
+def _stream(args: argparse.Namespace, train: bool, rank: int, pin_memory: bool) -> StreamLoader:
+    if args.num_workers == 0:
+        raise DataError(f"--num_workers 0: {args.data_set} is a stream, which needs at least one")
+    if args.repeated_aug:
+        raise DataError(f"--repeated-aug is not possible with {args.data_set}, which is a stream")
+    dataset = _timm_dataset(args, train)
+    dataset.transform = _transform(args, train)
+    return StreamLoader(
+        dataset,
+        _class_names(args, dataset.reader),
+        train=train,
+        seed=args.seed,
+        rank=rank,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        pin_memory=pin_memory,
+    )
+
+
+def _timm_dataset(args: argparse.Namespace, train: bool) -> Any:
+    package = SCHEMES[_scheme(args.data_set)]
+    if importlib.util.find_spec(package) is None:
+        raise DataError(f"--data-set {args.data_set} needs the package {package}: pip install {package}")
+    split = (args.train_split or "train") if train else (args.val_split or "validation")
+    try:
+        dataset = create_dataset(
+            args.data_set,
+            root=args.data_path,
+            split=split,
+            is_training=train,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+    except Exception as error:  # whatever the package raises for a missing folder, split, repository or network
+        raise DataError(f"--data-set {args.data_set}, split {split}: {error}") from error
+    if isinstance(dataset, IterableImageDataset) and not dataset.reader.num_samples:
+        raise DataError(
+            f"--data-set {args.data_set}, split {split}: the number of samples is not known; give it after the shards, "
+            "as in val-{00..07}.tar|50000, or write it into info.json"
+        )
+    return dataset
+
+
+def _class_names(args: argparse.Namespace, reader: Any) -> list[str]:
+    if reader.class_to_idx:
+        return sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+    if args.num_classes is None:
+        raise DataError(f"{args.data_set} does not say how many classes it has: give --num-classes")
+    return [str(label) for label in range(args.num_classes)]
 
 
 def _data_path(args: argparse.Namespace) -> Path:
@@ -190,17 +324,22 @@ def _data_path(args: argparse.Namespace) -> Path:
 
 
 def _transform(args: argparse.Namespace, train: bool) -> transforms.Compose:
-    """timm's pipeline as in DeiT: small images are padded and cropped instead of rescaled."""
-    small = args.input_size <= 32
+    """timm's pipeline with DeiT's settings, and DeiT III's two alternatives.
+
+    `args.ThreeAugment`: one of grey, solarized or blurred, in place of `args.aa`. `args.src`: the shorter side resized
+    and a random crop with 4 reflected pixels around, in place of a crop of random size and shape.
+    """
+    size = to_2tuple(args.input_size)
+    small = max(size) <= _SMALL
     if not train:
-        crop = 1.0 if small else args.eval_crop_ratio
-        return create_transform(args.input_size, interpolation=args.train_interpolation, crop_pct=crop)
+        return create_transform(size, interpolation="bicubic", crop_pct=1.0 if small else args.eval_crop_ratio)
+    policy = "3a" if args.ThreeAugment else args.aa
     try:
         transform = create_transform(
-            args.input_size,
+            size,
             is_training=True,
             color_jitter=args.color_jitter,
-            auto_augment=None if args.aa == "none" else args.aa,
+            auto_augment=None if policy == "none" else policy,
             interpolation=args.train_interpolation,
             re_prob=args.reprob,
             re_mode=args.remode,
@@ -210,20 +349,16 @@ def _transform(args: argparse.Namespace, train: bool) -> transforms.Compose:
         raise DataError(
             f"--aa {args.aa!r} is not an augmentation policy of timm (such as rand-m9-mstd0.5-inc1, or none): {error!r}"
         ) from error
-    if small:
+    if small or args.src:
         transform.transforms[0] = transforms.Compose(
-            [transforms.Resize(args.input_size), transforms.RandomCrop(args.input_size, padding=4)]
+            [
+                ResizeKeepRatio(size, interpolation=args.train_interpolation),
+                transforms.RandomCrop(size, padding=4, padding_mode="reflect" if args.src else "constant"),
+            ]
         )
     return transform
 
 
-def _load_image(path: str) -> Image.Image:
-    try:
-        return default_loader(path)
-    except Exception as error:  # Pillow's plug-ins raise almost any type on a damaged file
-        raise DataError(f"cannot read image {path}: {error}") from error
-
-
-def _mix_seed(seed: int, epoch: int) -> int:
-    """One 64-bit seed per (seed, epoch), so that run `seed + 1` does not repeat run `seed` an epoch later."""
-    return (seed * 1_000_003 + epoch) % 2**63
+def _scheme(name: str) -> str | None:
+    scheme, slash, _ = name.partition("/")
+    return scheme if slash else None

@@ -39,7 +39,7 @@ from vim.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from vim.data import DATA_SETS, DataError, Loader, build_loader
+from vim.data import INAT_CATEGORIES, DataError, Loader, build_loader, data_set_defaults, data_set_name
 from vim.engine import NonFiniteLossError, evaluate, peak_memory_mb, train_one_epoch
 
 Record = dict[str, Any]
@@ -80,6 +80,13 @@ def _probability(text: str) -> float:
     return value
 
 
+def _data_set(text: str) -> str:
+    try:
+        return data_set_name(text)
+    except DataError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _key_value(text: str) -> tuple[str, Any]:
     """`KEY=VALUE` with VALUE a Python literal, or else a string."""
     key, equals, value = text.partition("=")
@@ -106,10 +113,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data-set", choices=(*DATA_SETS, "CIFAR"), default="IMNET",
-        help="IMNET: --data-path holds train/ and val/ with one folder per class; CIFAR is CIFAR100; "
-        "DIGITS: scikit-learn's handwritten digits, nothing to download (default: IMNET)")  # fmt: skip
+    add("--data-set", type=_data_set, default="IMNET",
+        help="IMNET: --data-path holds train/ and val/ with one folder per class; CIFAR is CIFAR100; INAT and INAT19: "
+        "iNaturalist 2018 and 2019; DIGITS: scikit-learn's handwritten digits, nothing to download; or wds/…, hfds/…, "
+        "hfids/… of timm (default: IMNET)")  # fmt: skip
     add("--data-path", help="folder of the data set")
+    add("--inat-category", choices=INAT_CATEGORIES, default="name", help="what is classified, INAT and INAT19 only")
+    add("--num-classes", type=_positive_int, help="of a data set that does not say (wds/…)")
+    add("--train-split", help="split or shards to train on, wds/…, hfds/… and hfids/… only (default: train)")
+    add("--val-split", help="split or shards to evaluate on (default: validation)")
     add("--num_workers", "--num-workers", type=_count, default=min(10, os.cpu_count() or 1), help="image files only")
     add("--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="pinned host memory for GPUs")
 
@@ -143,6 +155,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mixup-mode", choices=("batch", "pair", "elem"), default="batch")
     add("--color-jitter", type=_not_negative, default=0.3)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm")
+    add("--ThreeAugment", action="store_true", help="grey, solarize or blur, as in DeiT III, in place of --aa")
+    add("--src", action="store_true", help="simple random crop, as in DeiT III")
+    add("--repeated-aug", action=argparse.BooleanOptionalAction, default=False, help="each image three times an epoch")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
     add("--reprob", type=_probability, default=0.25, help="probability of random erasing")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel")
@@ -163,10 +178,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line as plain types. Raises ConfigError."""
     parser = build_parser()
     data_set = parser.parse_args(argv).data_set
-    data_set = "CIFAR100" if data_set == "CIFAR" else data_set
-    parser.set_defaults(**DATA_SETS[data_set])
+    parser.set_defaults(**data_set_defaults(data_set))
     args = parser.parse_args(argv)
-    args.data_set = data_set
     args.model_kwargs = dict(args.model_kwargs)
 
     if not timm.is_model(args.model):
