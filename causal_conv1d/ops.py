@@ -11,7 +11,9 @@ _library = torch.library.Library("causal_conv1d", "FRAGMENT")
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, bool silu, bool reverse"
 for _schema in (
     f"conv_fwd({_INPUTS}) -> Tensor",
-    f"conv_bwd(Tensor dout, {_INPUTS}) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_states)",
+    # dx_addend, of x's shape, is added to dx: the gradient that x gets from elsewhere
+    f"conv_bwd(Tensor dout, {_INPUTS}, Tensor? dx_addend) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_states)",
     "conv_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, Tensor? cache_seqlens, "
     "Tensor? conv_state_indices, bool silu) -> Tensor",
 ):
@@ -48,6 +50,7 @@ def _(
     initial_states: Tensor | None,
     silu: bool,
     reverse: bool,
+    dx_addend: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         _empty_in_layout_of(x),
@@ -78,7 +81,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dout: Tensor):
     x, weight, bias, seq_idx, initial_states = ctx.saved_tensors
     dx, dweight, dbias, dinitial = torch.ops.causal_conv1d.conv_bwd(
-        dout, x, weight, bias, seq_idx, initial_states, ctx.silu, ctx.reverse
+        dout, x, weight, bias, seq_idx, initial_states, ctx.silu, ctx.reverse, None
     )
     return (
         dx,

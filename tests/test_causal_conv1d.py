@@ -291,10 +291,24 @@ def test_operators_keep_torch_library_rules():
             arguments = (x, weight, bias, index, states, True, False)
             torch.library.opcheck(torch.ops.causal_conv1d.conv_fwd, arguments)
             detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
-            torch.library.opcheck(torch.ops.causal_conv1d.conv_bwd, (torch.randn(2, 6, 9), *detached))
+            for addend in (None, make_x(layout, 2, 6, 9)):
+                torch.library.opcheck(torch.ops.causal_conv1d.conv_bwd, (torch.randn(2, 6, 9), *detached, addend))
         state = torch.randn(2, 6, 5)
         arguments = (x.detach(), state, weight.detach(), None, None, None, True)
         torch.library.opcheck(torch.ops.causal_conv1d.conv_update, arguments)
+
+
+@needs_kernel
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("layout", ["channel_last", "contiguous"])
+@pytest.mark.parametrize("addend_layout", ["channel_last", "contiguous"])
+def test_a_gradient_from_elsewhere_is_added(addend_layout, layout, reverse):
+    torch.manual_seed(0)
+    x, dout, addend = make_x(layout, 2, 35, 300), torch.randn(2, 35, 300), make_x(addend_layout, 2, 35, 300)
+    arguments = (dout, x, torch.randn(35, 4), torch.randn(35), None, torch.randn(2, 35, 3), True, reverse)
+    plain = torch.ops.causal_conv1d.conv_bwd(*arguments, None)
+    summed = torch.ops.causal_conv1d.conv_bwd(*arguments, addend)
+    torch.testing.assert_close(summed, (plain[0] + addend, *plain[1:]))
 
 
 @needs_kernel

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mamba_ssm import _backend
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import METHODS
 from mamba_ssm.ops.mamba_inner import (
@@ -19,6 +21,7 @@ from mamba_ssm.ops.mamba_inner import (
 )
 
 BATCH, LENGTH, D_MODEL = 2, 9, 24
+needs_kernel = pytest.mark.skipif(_backend.unavailable["cpu"] is not None, reason="the CPU library was not built")
 
 
 def mixer(**options):
@@ -171,40 +174,40 @@ def test_state_space_parameters():
     assert model(sequence(dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_autocast_keeps_the_state_space_in_fp32(monkeypatch):
-    seen = {}
+class ScanCalls(TorchDispatchMode):
+    """The arguments of every forward scan, by the names of the operator's schema."""
 
-    def spy(name):
-        function = getattr(simple, name)
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.mamba_ssm.selective_scan_fwd.default:
+            names = [argument.name for argument in function._schema.arguments]
+            self.seen.append(SimpleNamespace(**dict(zip(names, arguments, strict=True))))
+        return function(*arguments, **(options or {}))
 
-        def wrapper(forward, backward, z, **options):
-            seen.update(forward=forward, backward=backward, z=z)
-            return function(forward, backward, z, **options)
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
 
-        monkeypatch.setattr(simple, name, wrapper)
 
-    from mamba_ssm.modules import mamba_simple as simple
-
-    spy("bidirectional_scan_fn")
+@needs_kernel
+def test_autocast_keeps_the_state_space_in_fp32():
     model = mixer(bimamba_type="v2")
     exact = model(sequence())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with ScanCalls() as calls, torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(sequence())
-    for args in (seen["forward"], seen["backward"]):
-        assert args.u.dtype == args.B.dtype == args.C.dtype == torch.bfloat16
-        assert args.A.dtype == args.D.dtype == args.delta_bias.dtype == torch.float32
+    assert len(calls.seen) == 2
+    for scan in calls.seen:
+        assert scan.u.dtype == scan.delta.dtype == scan.B.dtype == scan.C.dtype == torch.bfloat16
+        assert scan.A.dtype == scan.D.dtype == scan.delta_bias.dtype == scan.delta_weight.dtype == torch.float32
     torch.testing.assert_close(out.float(), exact, rtol=5e-2, atol=5e-3)
 
 
-def test_activations_are_views_of_channel_last_memory(monkeypatch):
-    from mamba_ssm.modules import mamba_simple as simple
-
-    original, seen = simple.bidirectional_scan_fn, []
-    monkeypatch.setattr(simple, "bidirectional_scan_fn", lambda *a, **k: seen.append(a) or original(*a, **k))
-    mixer(bimamba_type="v2")(sequence())
-    (forward, backward, z) = seen[0]
-    for tensor in (forward.delta, forward.B, forward.C, backward.delta, backward.B, backward.C, z):
-        assert tensor.stride(1) == 1
+@needs_kernel
+def test_activations_are_views_of_channel_last_memory():
+    with ScanCalls() as calls:
+        mixer(bimamba_type="v2")(sequence())
+    for scan in calls.seen:
+        for tensor in (scan.u, scan.delta, scan.B, scan.C, scan.z, scan.addend):
+            assert tensor is None or tensor.stride(1) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

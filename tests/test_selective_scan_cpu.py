@@ -431,20 +431,25 @@ def test_bidirectional_scan(method, dtype):
 @pytest.mark.parametrize("layout", ["channel_last", "contiguous"])
 def test_operators_keep_torch_library_rules(layout, forms, absent):
     inputs = make_inputs(channels=18, length=9, states=3, layout=layout, forms=forms)
-    inputs["addend"] = activation(layout, 2, 18, 9, torch.float32)
-    absent = (*absent, "addend") if absent else ()
-    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "addend")
-    tensors = [None if name in absent else inputs[name].detach().requires_grad_() for name in names]
-    for save_checkpoints in (True, False):
-        given = tensors if save_checkpoints else [t if t is None else t.detach() for t in tensors]
-        arguments = (*given, 0.5, True, False, "poly", False, save_checkpoints)
-        torch.library.opcheck(torch.ops.mamba_ssm.selective_scan_fwd, arguments)
-    out, last, checkpoints = torch.ops.mamba_ssm.selective_scan_fwd(*tensors, 0.5, True, True, "poly", False, True)
-    detached = [t if t is None else t.detach() for t in tensors]
-    del detached[names.index("initial_state")]
-    for dlast in (None, torch.randn_like(last)):
-        arguments = (torch.randn_like(out), dlast, *detached, checkpoints.detach(), 0.5, True, True, "poly")
-        torch.library.opcheck(torch.ops.mamba_ssm.selective_scan_bwd, arguments)
+    tensors = [inputs[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+    initial_state, addend = inputs["initial_state"], activation(layout, 2, 18, 9, torch.float32)
+    projected = [*tensors, torch.randn(18, 5)]  # Δ from five inputs
+    projected[1] = activation(layout, 2, 5, 9, torch.float32)
+    if absent:
+        tensors[5:8], initial_state = [None] * 3, None
+    forward, backward = torch.ops.mamba_ssm.selective_scan_fwd, torch.ops.mamba_ssm.selective_scan_bwd
+    options = 0.5, True, True, "poly"
+
+    leaves = [t if t is None else t.detach().requires_grad_() for t in (*tensors, None, initial_state)]
+    torch.library.opcheck(forward, (*leaves, None, *options, False, True))
+    torch.library.opcheck(forward, (*tensors, None, initial_state, addend, *options, False, False))
+    torch.library.opcheck(forward, (*projected, initial_state, addend, *options, True, True))
+    for given in ([*tensors, None], projected):
+        out, last, checkpoints = forward(*given, initial_state, None, *options, False, True)
+        dz_addend = None if given[6] is None else torch.randn_like(out)
+        for dlast, dz_float in ((None, True), (torch.randn_like(last), False)):
+            arguments = (torch.randn_like(out), dlast, *given, dz_addend, checkpoints, *options, dz_float)
+            torch.library.opcheck(backward, arguments)
 
 
 @needs_kernel
@@ -602,7 +607,8 @@ def test_bad_arguments(message, changes):
 def test_operators_refuse_what_would_read_out_of_bounds():
     """The Python above checks every argument; the operators themselves can be called without it."""
     inputs = make_inputs()
-    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+    inputs |= {"delta_weight": None, "addend": None}
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_weight", "initial_state", "addend")
     for name, bad in {
         "delta": torch.zeros(2, 20, 34),
         "A": torch.zeros(19, 5),
@@ -610,15 +616,15 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         "C": torch.zeros(20, 4),
         "D": torch.zeros(19),
         "delta_bias": torch.zeros(19),
+        "delta_weight": torch.zeros(20, 19),
         "initial_state": torch.zeros(2, 20, 4),
+        "addend": torch.zeros(2, 20, 34),
     }.items():
         given = [bad if n == name else inputs[n] for n in names]
         with pytest.raises(RuntimeError, match=name):
-            torch.ops.mamba_ssm.selective_scan_fwd(*given, None, 1.0, True, False, "zoh", False, False)
+            torch.ops.mamba_ssm.selective_scan_fwd(*given, 1.0, True, False, "zoh", False, False)
     with pytest.raises(RuntimeError, match=r"'euler'; expected one of zoh, foh"):
-        torch.ops.mamba_ssm.selective_scan_fwd(
-            *(inputs[n] for n in names), None, 1.0, True, False, "euler", False, False
-        )
+        torch.ops.mamba_ssm.selective_scan_fwd(*(inputs[n] for n in names), 1.0, True, False, "euler", False, False)
 
 
 # ---- Which backend runs --------------------------------------------------------------------------------------------

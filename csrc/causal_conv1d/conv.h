@@ -34,6 +34,7 @@ struct ConvProblem {
   ConvArray out;  // forward
 
   ConvArray dout, dx, dinitial;  // backward; dinitial has data if initial has
+  ConvArray dx_addend;           // added to dx where it has data; its strides are those of the lanes too
   float* partial = nullptr;      // (batch * chunks, width + 1, dim): dweight, then dbias, of every chunk
 };
 

@@ -133,17 +133,29 @@ void sum_partials(const std::vector<float>& partial, i64 chunks, i64 dim, i64 wi
   });
 }
 
+// As channel-last as x is, for the kernel with lanes over channels.
+Tensor in_layout(const Tensor& tensor, bool lanes_over_channels) {
+  if (!lanes_over_channels || tensor.stride(1) == 1) return tensor;
+  return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(tensor, 1, 2)), 1, 2);
+}
+
 // dweight and dbias are fp32, whatever the dtype of weight and bias; dinitial is empty without initial states.
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout_in, const Tensor& x, const Tensor& weight,
                                                     const OptionalTensor& bias, const OptionalTensor& seq_idx,
-                                                    const OptionalTensor& initial_states, bool silu, bool reverse) {
+                                                    const OptionalTensor& initial_states, bool silu, bool reverse,
+                                                    const OptionalTensor& dx_addend) {
   const i64 dim = x.size(1), width = weight.size(1);
   const Filter filter(weight, bias);
   ConvProblem p = problem_of(x, filter, width, seq_idx, initial_states, silu, reverse);
   check_dtype(dout_in, p.dtype, "dout");
-  Tensor dout = dout_in;
-  if (p.lanes_over_channels && dout.stride(1) != 1) {
-    dout = torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(dout, 1, 2)), 1, 2);
+  const Tensor dout = in_layout(dout_in, p.lanes_over_channels);
+  Tensor addend;
+  if (dx_addend.has_value()) {
+    check_dtype(*dx_addend, p.dtype, "dx_addend");
+    STD_TORCH_CHECK(dx_addend->size(0) == p.batch && dx_addend->size(1) == dim && dx_addend->size(2) == p.seqlen,
+                    "dx_addend must have the shape of x");
+    addend = in_layout(*dx_addend, p.lanes_over_channels);
+    p.dx_addend = in_scan_order(input(addend), addend, reverse);
   }
   Tensor dx = empty_bdl(x, p.lanes_over_channels);
   Tensor dinitial = torch::stable::new_empty(x, {0});

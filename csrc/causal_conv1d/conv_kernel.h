@@ -180,6 +180,7 @@ MAMBA_SSM_INLINE void backward_tile(const Tile& tile, const ConvProblem& p, cons
     const i64 s = t - (W - 1);
     prefetch_next(tile, p.x, b, d, t);
     prefetch_next(tile, p.dout, b, d, t);
+    if (p.dx_addend.data != nullptr) prefetch_next(tile, p.dx_addend, b, d, t);
     g[W - 1] = vfloat{};
     if (tile.whole || (t < p.seqlen && !is_padding(tile, p, b, t))) {
       window[W - 1] = load_channels(tile, p.x, b, d, t);
@@ -199,6 +200,7 @@ MAMBA_SSM_INLINE void backward_tile(const Tile& tile, const ConvProblem& p, cons
       if (t - k >= p.seqlen || same_sequence(tile, p, b, s, t - k)) dx += weight[k] * g[W - 1 - k];
     }
     if (s >= it.t0) {
+      if (p.dx_addend.data != nullptr) dx += load_channels(tile, p.dx_addend, b, d, s);
       store_elements(p.dx.data, at(p.dx, b, d, s), tile.dtype, tile.lanes, dx);
     } else if (s < 0 && p.dinitial.data != nullptr) {
       for (int j = 0; j < tile.lanes; ++j) {
@@ -379,6 +381,11 @@ void backward_rows(const ConvProblem& p, const Item& it) {
       vfloat v{};
       for (int k = 0; k < W; ++k) v += weight[k] * kept<Packed>(row, j + W - 1 - k, j, load(row.g + j + W - 1 - k));
       store(dx + j, v);
+    }
+    if (p.dx_addend.data != nullptr) {
+      float* addend = row.g + W - 1;  // g is no longer needed, and the next channel's is written over it
+      stage(addend, p.dx_addend.data, at(p.dx_addend, b, d, it.t0), p.dx_addend.time, n, p.dtype);
+      for (i64 j = 0; j < n; ++j) dx[W - 1 + j] += addend[j];
     }
     unstage(dx + W - 1, p.dx.data, at(p.dx, b, d, it.t0), p.dx.time, n, p.dtype);
     if (it.t0 == 0 && p.dinitial.data != nullptr) {

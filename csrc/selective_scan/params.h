@@ -27,6 +27,10 @@ struct ScanParams {
   std::int64_t batch, channels, length, states, groups;
   Activation u, delta, z, addend, out;
   InputMatrix B, C;
+  // Where delta_weight is given, Δ before its bias is delta_weight · delta_input, and `delta` is not read.
+  InputMatrix delta_input;     // (batch, rank, time)
+  const float* delta_weight;   // (channels, rank) or null
+  std::int64_t rank;           // 0 without delta_weight
   const float* A;              // (channels, states), contiguous
   const float* D;              // (channels) or null
   const float* delta_bias;     // (channels) or null
@@ -40,7 +44,8 @@ struct ScanParams {
 
 // Gradients. dB and dC are partial sums over the channels of one task (see scan_cpu_kernel.h).
 struct ScanGradients {
-  Activation dout, du, ddelta, dz, daddend;
+  Activation dout, du, ddelta, dz;
+  Activation dz_addend;      // added to dz
   const float* dlast_state;  // (batch, channels, states) or null
   float* dinitial_state;     // (batch, channels, states)
   float* dA;                 // (batch, channels, states), summed over the batch afterwards

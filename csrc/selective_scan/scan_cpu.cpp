@@ -106,12 +106,14 @@ class ScratchMemory {
     // Three rows more than a chunk: one for the state before it, and so that the starts do not all share a cache set.
     const std::int64_t steps = (p.chunk + 3) * lanes, states = p.states * lanes;
     const std::int64_t matrix = std::max((p.chunk * p.states + 15) / 16 * 16, states);
-    const std::size_t bytes = 4 * (step_rows * steps + state_rows * states + 2 * matrix);
+    const std::int64_t delta_input = (p.chunk * p.rank + 15) / 16 * 16;
+    const std::size_t bytes = 4 * (step_rows * steps + state_rows * states + 2 * matrix + delta_input + p.rank * lanes);
     memory_.reset(static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
     STD_TORCH_CHECK(memory_ != nullptr, "selective_scan: out of memory for ", bytes, " bytes of working memory");
     float* state_data = memory_.get() + step_rows * steps;
     float* B = state_data + state_rows * states;
-    scratch_ = {memory_.get(), steps, state_data, states, B, B + matrix};
+    float* C = B + matrix;
+    scratch_ = {memory_.get(), steps, state_data, states, B, C, C + matrix, C + matrix + delta_input};
   }
   const ScanScratch& get() const { return scratch_; }
 
@@ -127,7 +129,7 @@ std::int64_t blocks_per_group(const ScanParams& p, int lanes) { return (p.channe
 
 ScanParams make_params(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
                        const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
-                       const OptionalTensor& addend, double scale, bool delta_softplus, bool reverse,
+                       const OptionalTensor& delta_weight, double scale, bool delta_softplus, bool reverse,
                        const std::string& method) {
   STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2, "u must be (batch, channels, length) and A (channels, states)");
   ScanParams p{};
@@ -140,9 +142,18 @@ ScanParams make_params(const Tensor& u, const Tensor& delta, const Tensor& A, co
   check_shape(D, {p.channels}, "D");
   check_shape(delta_bias, {p.channels}, "delta_bias");
   p.u = activation(u, "u", u);
-  p.delta = activation(delta, "delta", u);
   p.z = activation(z, "z", u);
-  p.addend = activation(addend, "addend", u);
+  if (delta_weight.has_value()) {
+    STD_TORCH_CHECK(delta.dim() == 3, "delta must be (batch, rank, length) where delta_weight is given");
+    p.rank = delta.size(1);
+    check_shape(delta, {p.batch, p.rank, p.length}, "delta");
+    check_shape(delta_weight, {p.channels, p.rank}, "delta_weight");
+    p.delta_input = {delta.data_ptr(), kernel_dtype(delta, "delta"), false, delta.stride(0), 0, delta.stride(1),
+                     delta.stride(2)};
+    p.delta_weight = float_data(delta_weight);
+  } else {
+    p.delta = activation(delta, "delta", u);
+  }
   p.B = input_matrix(B, "B", p);
   p.C = input_matrix(C, "C", p);
   const std::int64_t B_groups = B.dim() == 4 ? B.size(1) : 1, C_groups = C.dim() == 4 ? C.size(1) : 1;
@@ -161,16 +172,18 @@ ScanParams make_params(const Tensor& u, const Tensor& delta, const Tensor& A, co
 
 std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
                                                 OptionalTensor z, OptionalTensor delta_bias,
-                                                OptionalTensor initial_state, OptionalTensor addend, double scale,
-                                                bool delta_softplus, bool reverse, std::string method, bool float_out,
-                                                bool save_checkpoints) {
+                                                OptionalTensor delta_weight, OptionalTensor initial_state,
+                                                OptionalTensor addend, double scale, bool delta_softplus, bool reverse,
+                                                std::string method, bool float_out, bool save_checkpoints) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
   A = contiguous_float(A, "A");
   if (D.has_value()) D = contiguous_float(*D, "D");
   if (delta_bias.has_value()) delta_bias = contiguous_float(*delta_bias, "delta_bias");
+  if (delta_weight.has_value()) delta_weight = contiguous_float(*delta_weight, "delta_weight");
   if (initial_state.has_value()) initial_state = contiguous_float(*initial_state, "initial_state");
 
-  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, addend, scale, delta_softplus, reverse, method);
+  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method);
+  p.addend = activation(addend, "addend", u);
   check_shape(initial_state, {p.batch, p.channels, p.states}, "initial_state");
   p.initial_state = float_data(initial_state);
   p.chunk = save_checkpoints ? checkpoint_interval(p.states) : kForwardChunk;
@@ -233,17 +246,19 @@ Tensor sum_splits(const Tensor& parts, bool states_innermost) {
   return states_innermost ? torch::stable::transpose(total, 2, 3) : total;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
     Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
-    OptionalTensor z, OptionalTensor delta_bias, OptionalTensor addend, Tensor checkpoints, double scale,
-    bool delta_softplus, bool reverse, std::string method) {
+    OptionalTensor z, OptionalTensor delta_bias, OptionalTensor delta_weight, OptionalTensor dz_addend,
+    Tensor checkpoints, double scale, bool delta_softplus, bool reverse, std::string method, bool float_dz) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
   A = contiguous_float(A, "A");
   if (D.has_value()) D = contiguous_float(*D, "D");
   if (delta_bias.has_value()) delta_bias = contiguous_float(*delta_bias, "delta_bias");
+  if (delta_weight.has_value()) delta_weight = contiguous_float(*delta_weight, "delta_weight");
   if (dlast_state.has_value()) dlast_state = contiguous_float(*dlast_state, "dlast_state");
 
-  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, addend, scale, delta_softplus, reverse, method);
+  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method);
+  STD_TORCH_CHECK(z.has_value() || !dz_addend.has_value(), "dz_addend without z");
   p.chunk = checkpoint_interval(p.states);
   check_shape(dlast_state, {p.batch, p.channels, p.states}, "dlast_state");
   // empty where the forward ran with save_checkpoints=False
@@ -253,13 +268,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const auto empty = [&](bool wanted, std::vector<std::int64_t> size) {
     return wanted ? new_floats(u, size) : new_floats(u, {0});
   };
-  const auto empty_activation = [&](const OptionalTensor& like) {
-    return like.has_value() ? new_activation(*like, like->scalar_type()) : new_floats(u, {0});
-  };
   Tensor du = new_activation(u, u.scalar_type());
-  Tensor ddelta = new_activation(delta, delta.scalar_type());
-  Tensor dz = empty_activation(z);
-  Tensor daddend = empty_activation(addend);
+  Tensor ddelta = new_activation(delta_weight.has_value() ? u : delta, delta.scalar_type());
+  Tensor dz = z.has_value() ? new_activation(*z, float_dz ? ScalarType::Float : z->scalar_type()) : new_floats(u, {0});
   Tensor dA = new_floats(u, {p.batch, p.channels, p.states});
   Tensor dD = empty(D.has_value(), {p.batch, p.channels});
   Tensor ddelta_bias = empty(delta_bias.has_value(), {p.batch, p.channels});
@@ -281,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   g.du = activation(du, "du", u);
   g.ddelta = activation(ddelta, "ddelta", u);
   if (z.has_value()) g.dz = activation(dz, "dz", u);
-  if (addend.has_value()) g.daddend = activation(daddend, "daddend", u);
+  g.dz_addend = activation(dz_addend, "dz_addend", u);
   g.dlast_state = float_data(dlast_state);
   g.dinitial_state = static_cast<float*>(dinitial_state.data_ptr());
   g.dA = static_cast<float*>(dA.data_ptr());
@@ -306,8 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
           D.has_value() ? sum_batch(dD, {p.channels}, u) : dD,
           dz,
           delta_bias.has_value() ? sum_batch(ddelta_bias, {p.channels}, u) : ddelta_bias,
-          dinitial_state,
-          daddend};
+          dinitial_state};
 }
 
 // Comma-separated, in the table's order.

@@ -216,6 +216,37 @@ struct StateColumn {
   }
 };
 
+MAMBA_SSM_INLINE vfloat load_parameter(const float* parameter, const Block& block) {
+  return parameter == nullptr ? vfloat{} : load_elements(parameter, block.channel, Dtype::f32, block.count);
+}
+
+// Rows of delta_weight · delta_input over a chunk, a few steps at a time so that each row of weights is read once for
+// all of them.
+MAMBA_SSM_ONCE void project_delta(const StateRows& input, const float* weight, std::int64_t rank, int steps,
+                                  float* rows) {
+  constexpr int kSteps = 8;
+  for (int t = 0; t < steps; t += kSteps) {
+    const int count = steps - t < kSteps ? steps - t : kSteps;
+    const float* row[kSteps];
+    for (int i = 0; i < kSteps; ++i) row[i] = input.data + (t + (i < count ? i : 0)) * input.stride;
+    vfloat sum[kSteps] = {};
+    for (std::int64_t r = 0; r < rank; ++r) {
+      const vfloat w = load(weight + r * kLanes);
+      for (int i = 0; i < kSteps; ++i) sum[i] += w * row[i][r];
+    }
+    for (int i = 0; i < count; ++i) store(rows + (t + i) * kLanes, sum[i]);
+  }
+}
+
+// delta of a chunk before bias and softplus: read where it lies, copied to `rows`, or projected into them.
+MAMBA_SSM_INLINE RowView delta_view(const ScanParams& p, const Block& block, const Chunk& chunk,
+                                    const ScanScratch& scratch, float* rows) {
+  if (p.delta_weight == nullptr) return read_view(p.delta, block, chunk, rows);
+  const StateRows input = stage_state_rows(p.delta_input, block.batch, 0, chunk, p.rank, scratch.delta_input);
+  project_delta(input, scratch.delta_weight, p.rank, chunk.steps, rows);
+  return {rows, kLanes};
+}
+
 // Δ of a chunk, and dΔ/d delta for the backward pass (where `slope` is not null).
 MAMBA_SSM_ONCE void apply_delta_rule(const ScanParams& p, vfloat bias, int steps, const RowView& raw, float* delta,
                                      float* slope) {
@@ -231,10 +262,6 @@ MAMBA_SSM_ONCE void apply_delta_rule(const ScanParams& p, vfloat bias, int steps
       store(slope + t * kLanes, rule.slope);
     }
   }
-}
-
-MAMBA_SSM_INLINE vfloat load_parameter(const float* parameter, const Block& block) {
-  return parameter == nullptr ? vfloat{} : load_elements(parameter, block.channel, Dtype::f32, block.count);
 }
 
 MAMBA_SSM_INLINE Chunk chunk_at(const ScanParams& p, std::int64_t first) {
@@ -335,6 +362,7 @@ MAMBA_SSM_ONCE void forward_block(const ScanParams& p, ScanStates scan, const Bl
   load_states(p.initial_state == nullptr ? nullptr : p.initial_state + batch_offset, p.states, block, state);
   if (p.B.constant) load_constant_matrix(p.B, p.states, block, scratch.B);
   if (p.C.constant) load_constant_matrix(p.C, p.states, block, scratch.C);
+  if (p.delta_weight != nullptr) load_states(p.delta_weight, p.rank, block, scratch.delta_weight);
 
   for (std::int64_t first = 0; first < p.length; first += p.chunk) {
     const Chunk chunk = chunk_at(p, first);
@@ -343,7 +371,7 @@ MAMBA_SSM_ONCE void forward_block(const ScanParams& p, ScanStates scan, const Bl
         store_elements(checkpoint(p, block, first / p.chunk, n), 0, Dtype::f32, block.count, load(state + n * kLanes));
       }
     }
-    apply_delta_rule(p, bias, chunk.steps, read_view(p.delta, block, chunk, delta), delta, nullptr);
+    apply_delta_rule(p, bias, chunk.steps, delta_view(p, block, chunk, scratch, delta), delta, nullptr);
     const RowView u_view = read_view(p.u, block, chunk, u);
     if (p.addend.data == nullptr) {
       for (int t = 0; t < chunk.steps; ++t) {
@@ -566,16 +594,15 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
   load_states(nullptr, p.states, block, dC);
   if (p.B.constant) load_constant_matrix(p.B, p.states, block, scratch.B);
   if (p.C.constant) load_constant_matrix(p.C, p.states, block, scratch.C);
+  if (p.delta_weight != nullptr) load_states(p.delta_weight, p.rank, block, scratch.delta_weight);
 
   vfloat dD{}, dbias{};
   for (std::int64_t index = chunk_count(p) - 1; index >= 0; --index) {
     const Chunk chunk = chunk_at(p, index * p.chunk);
-    apply_delta_rule(p, bias, chunk.steps, read_view(p.delta, block, chunk, delta), delta, softplus_slope);
+    apply_delta_rule(p, bias, chunk.steps, delta_view(p, block, chunk, scratch, delta), delta, softplus_slope);
     copy_rows(p.u, block, chunk, u);
     copy_rows(g.dout, block, chunk, dy);
     if (gated) copy_rows(p.z, block, chunk, dz);
-    const bool has_addend = gated && p.addend.data != nullptr;
-    if (has_addend) copy_rows(p.addend, block, chunk, y);
     vfloat chunk_dD{}, chunk_dbias{};
     for (int t = 0; t < chunk.steps; ++t) {
       const std::int64_t i = t * kLanes;
@@ -585,7 +612,7 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
         const vfloat z = at_least(load(dz + i), -87.0f), s = sigmoid(z);  // below, silu is 0
         store(dz + i, gradient * silu_slope(z, s));                       // but for the factor y
         gradient *= z * s;
-        store(y + i, has_addend ? skip * u_t + load(y + i) : skip * u_t);
+        store(y + i, skip * u_t);
       }
       store(dy + i, gradient);
       chunk_dD += gradient * u_t;
@@ -598,7 +625,8 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
     const Block next_block{block.batch, index == 0 ? block.channel + kLanes : block.channel, kLanes};
     const Chunk next = chunk_at(p, (index == 0 ? chunk_count(p) - 1 : index - 1) * p.chunk);
     int i = 0;
-    for (const Activation& a : {p.delta, p.u, g.dout, p.z}) rows.next[i++] = next_rows(a, next_block, next);
+    for (const Activation& a : {p.delta_weight == nullptr ? p.delta : g.dz_addend, p.u, g.dout, p.z})
+      rows.next[i++] = next_rows(a, next_block, next);
     const std::int64_t sums = ((block.batch * p.groups + group) * g.splits + split) * p.states * p.length;
     for (std::int64_t n = 0; n < p.states;) {
       const int count = p.states - n >= kAdjointUnroll ? kAdjointUnroll : 1;
@@ -624,15 +652,20 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
 
     for (int t = 0; t < chunk.steps; ++t) {
       const std::int64_t i = t * kLanes;
-      if (gated) store(dz + i, load(dz + i) * load(y + i));
       const vfloat gradient = load(ddelta + i) * load(softplus_slope + i);
       chunk_dbias += gradient;
       store(ddelta + i, gradient);
     }
     dD += chunk_dD;
     dbias += chunk_dbias;
-    if (gated) store_rows(g.dz, block, chunk, dz);
-    if (p.addend.data != nullptr) store_rows(g.daddend, block, chunk, dy);
+    if (gated) {
+      for (int t = 0; t < chunk.steps; ++t) store(dz + t * kLanes, load(dz + t * kLanes) * load(y + t * kLanes));
+      if (g.dz_addend.data != nullptr) {
+        const RowView addend = read_view(g.dz_addend, block, chunk, y);
+        for (int t = 0; t < chunk.steps; ++t) store(dz + t * kLanes, load(dz + t * kLanes) + addend.read(t));
+      }
+      store_rows(g.dz, block, chunk, dz);
+    }
     store_rows(g.du, block, chunk, du);
     store_rows(g.ddelta, block, chunk, ddelta);
   }

@@ -15,6 +15,8 @@ struct ScanScratch {
   std::int64_t states_size;  // states * lanes
   float* B;                  // staged B: chunk * states, or states * lanes where it is constant
   float* C;
+  float* delta_input;   // chunk * rank
+  float* delta_weight;  // rank * lanes
   float* step_rows(int i) const { return data + i * steps_size; }
   float* state_rows(int i) const { return states + i * states_size; }
 };

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.discretization_ref import get_method
-from mamba_ssm.ops.mamba_inner import gated_scan, scan_arguments, split_channels
+from mamba_ssm.ops.mamba_inner import Direction, gated_scan, mixer_scan, project_in, scan_arguments
 from mamba_ssm.ops.selective_scan_interface import ScanArgs, bidirectional_scan_fn
 from mamba_ssm.ops.selective_scan_ref import MAX_STATES
 from mamba_ssm.ops.selective_state_update import selective_state_update
@@ -153,71 +153,73 @@ class Mamba(nn.Module):
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, *cache)[0]
 
-        xz = self.in_proj(hidden_states).transpose(1, 2)
-        x, z = split_channels(xz)
-        causal = self.bimamba_type == "none"
-        y = self._scan(x, z, cache, reverse) if causal else self._bidirectional_scan(x, z, reverse)
+        x, z = project_in(hidden_states, self.in_proj.weight, self.in_proj.bias)
+        if cache is not None:
+            y = self._prefill(x, z, cache)
+        elif self.bimamba_type == "v1":
+            y = self._scan_both_ways(x, z, reverse)
+        else:
+            along = self._direction()
+            against = self._direction("_b") if self.bimamba_type == "v2" else None
+            y = mixer_scan(
+                x,
+                z,
+                *((against, along) if reverse else (along, against)),
+                scale=0.5 if self.if_divide_out and against is not None else 1.0,
+                discretization_method=self.discretization_method,
+                use_cuda_kernel=self.use_cuda_kernel,
+            )
         return self._project_out(y.transpose(1, 2))
 
-    def _scan(self, x: Tensor, z: Tensor, cache: tuple[Tensor, Tensor] | None, reverse: bool) -> Tensor:
-        """One direction; leaves the last inputs and the last state in `cache` for `step`."""
-        y = gated_scan(
-            self._forward_arguments(x, reverse),
+    def _direction(self, suffix: str = "") -> Direction:
+        """The parameters of the direction that reads as written, or with "_b" of the one against it."""
+        conv1d, x_proj, dt_proj = (getattr(self, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
+        A_log, D = (self.A_b_log, self.D_b) if suffix else (self.A_log, self.D)
+        return Direction(
+            conv1d.weight.squeeze(1),
+            conv1d.bias,
+            x_proj.weight,
+            _at_least_fp32(dt_proj.weight),
+            _at_least_fp32(dt_proj.bias),
+            -torch.exp(_at_least_fp32(A_log)),
+            _at_least_fp32(D),
+        )
+
+    def _prefill(self, x: Tensor, z: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+        """The scan of a whole sequence; leaves the last inputs and the last state in `cache` for `step`."""
+        y, last_state = gated_scan(
+            self._scan_arguments(x),
             z,
-            return_last_state=cache is not None,
+            return_last_state=True,
             discretization_method=self.discretization_method,
-            reverse=reverse,
             use_cuda_kernel=self.use_cuda_kernel,
         )
-        if cache is None:
-            return y
-        y, last_state = y
         conv_state, ssm_state = cache  # the last d_conv inputs, zeros before the first
         conv_state.copy_(F.pad(x.detach(), (self.d_conv - x.shape[-1], 0)))
         ssm_state.copy_(last_state.detach())
         return y
 
-    def _bidirectional_scan(self, x: Tensor, z: Tensor, reverse: bool) -> Tensor:
-        """The sum (v2 with if_divide_out: the mean) of a scan in reading direction and one against it."""
-        along = self._forward_arguments(x, reverse)
-        if self.bimamba_type == "v1":
-            against = along._replace(A=-torch.exp(_at_least_fp32(self.A_b_log)))
-        else:
-            against = self._backward_arguments(x, not reverse)
+    def _scan_both_ways(self, x: Tensor, z: Tensor, reverse: bool) -> Tensor:
+        """v1: two scans of the same inputs that differ in A."""
+        along = self._scan_arguments(x, reverse)
+        against = along._replace(A=-torch.exp(_at_least_fp32(self.A_b_log)))
         return bidirectional_scan_fn(
             *((against, along) if reverse else (along, against)),
             z,
-            delta_softplus=True,
-            scale=0.5 if self.if_divide_out and self.bimamba_type == "v2" else 1.0,
             discretization_method=self.discretization_method,
             use_cuda_kernel=self.use_cuda_kernel,
         )
 
-    def _forward_arguments(self, x: Tensor, reverse: bool) -> ScanArgs:
-        return self._scan_arguments(x, reverse, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-
-    def _backward_arguments(self, x: Tensor, reverse: bool) -> ScanArgs:
-        return self._scan_arguments(x, reverse, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-
-    def _scan_arguments(
-        self,
-        x: Tensor,
-        reverse: bool,
-        conv1d: nn.Conv1d,
-        x_proj: nn.Linear,
-        dt_proj: nn.Linear,
-        A_log: Tensor,
-        D: Tensor,
-    ) -> ScanArgs:
+    def _scan_arguments(self, x: Tensor, reverse: bool = False) -> ScanArgs:
         return scan_arguments(
             x,
-            conv1d.weight,
-            conv1d.bias,
-            x_proj.weight,
-            dt_proj.weight,
-            -torch.exp(_at_least_fp32(A_log)),
-            D=_at_least_fp32(D),
-            delta_bias=_at_least_fp32(dt_proj.bias),
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            -torch.exp(_at_least_fp32(self.A_log)),
+            D=_at_least_fp32(self.D),
+            delta_bias=_at_least_fp32(self.dt_proj.bias),
             conv_fn=partial(causal_conv1d_fn, reverse=reverse, use_cuda_kernel=self.use_cuda_kernel),
         )
 

@@ -1,13 +1,16 @@
 """The inside of a Mamba block: causal convolution, input-dependent Δ, B and C, selective scan, output projection.
 
-Names, argument order and meaning are those of the public `mamba_ssm` 1.x and of its bidirectional extension in Vim
-(Zhu et al., 2024), with `discretization_method` and `use_cuda_kernel` as keywords beside them. Everything composes
-differentiable ops, so there is no backward here to keep in step. Activations have the logical shape (B, D, L) with any
-strides; channel-last memory, i.e. a transposed view of (B, L, D), is the fast path and is never copied.
+Names, argument order and meaning of the `*_inner_*` functions are those of the public `mamba_ssm` 1.x and of its
+bidirectional extension in Vim (Zhu et al., 2024), with `discretization_method` and `use_cuda_kernel` as keywords beside
+them. Activations have the logical shape (B, D, L) with any strides; channel-last memory, i.e. a transposed view of
+(B, L, D), is the fast path and is never copied.
 
-Shapes, for all functions: xz (B, 2D, L); conv1d_weight (D, 1, W); x_proj_weight (R [+ N] [+ N], D), whose rows give the
-R inputs of Δ, then B, then C, the last two unless they are passed; delta_proj_weight (D, R); out_proj_weight (E, D);
-A (D, N); B and C as in `selective_scan_fn`; D, delta_bias (D,); B_proj_bias, C_proj_bias (N,).
+`mixer_scan` is what a mixer runs between its two outer projections, in one autograd node: the convolution's output and
+Δ are made again in the backward pass instead of being kept, and gradients of one tensor are summed as they arise.
+
+Shapes, for all `*_inner_*` functions: xz (B, 2D, L); conv1d_weight (D, 1, W); x_proj_weight (R [+ N] [+ N], D), whose
+rows give the R inputs of Δ, then B, then C, the last two unless they are passed; delta_proj_weight (D, R);
+out_proj_weight (E, D); A (D, N); B and C as in `selective_scan_fn`; D, delta_bias (D,); B_proj_bias, C_proj_bias (N,).
 An unknown `discretization_method` raises ValueError and lists the known ones.
 """
 
@@ -15,17 +18,196 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
+from causal_conv1d.reference import check_conv_arguments
+from mamba_ssm._backend import use_kernel
 from mamba_ssm.ops.selective_scan import (
     ScanArgs,
     bidirectional_scan_fn,
+    needs_gradient,
+    scan_gradients,
     selective_scan_fn,
     selective_scan_ref,
 )
+from mamba_ssm.ops.selective_scan_ref import bidirectional_scan_ref, check_scan_arguments
+
+
+class Direction(NamedTuple):
+    """The parameters of one direction of a mixer with D channels, N states, convolution width W and R inputs of Δ."""
+
+    conv_weight: Tensor  # (D, W)
+    conv_bias: Tensor | None  # (D,)
+    x_proj_weight: Tensor  # (R + 2N, D)
+    dt_weight: Tensor  # (D, R), float32
+    dt_bias: Tensor | None  # (D,), float32
+    A: Tensor  # (D, N), float32
+    D: Tensor | None  # (D,), float32
+
+
+def mixer_scan(
+    x: Tensor,
+    z: Tensor,
+    forward: Direction | None,
+    backward: Direction | None,
+    *,
+    scale: float = 1.0,
+    delta_softplus: bool = True,
+    discretization_method: str = "zoh",
+    use_cuda_kernel: bool | None = None,
+) -> Tensor:
+    """scale · (scan along time + scan against time) · silu(z), each from its own convolution and projections of x.
+
+    x, z: (B, D, L), float32, float16 or bfloat16 (float64: reference). forward, backward: the direction that runs along
+    and the one that runs against time, convolution included; one of them may be None.
+    Returns (B, D, L) in x's dtype. Raises ValueError for a wrong argument, as `selective_scan_fn` does.
+    """
+    directions = [d for d in (forward, backward) if d is not None]
+    parameters = [t for direction in directions for t in direction]
+    float64 = (t for t in parameters if t is not None and t.dtype == torch.float64)
+    if not use_kernel(next(float64, x), use_cuda_kernel):
+        options = {"delta_softplus": delta_softplus, "discretization_method": discretization_method}
+        return _mixer_scan_ref(x, z, forward, backward, scale, options)
+    if torch.is_autocast_enabled(x.device.type):  # what autocast does to a linear layer
+        directions = [d._replace(x_proj_weight=d.x_proj_weight.to(x.dtype)) for d in directions]
+        parameters = [t for direction in directions for t in direction]
+    options = (forward is not None, backward is not None, scale, delta_softplus, discretization_method)
+    return _MixerScan.apply(needs_gradient((x, z, *parameters)), options, x, z, *parameters)
+
+
+def _mixer_scan_ref(
+    x: Tensor, z: Tensor, forward: Direction | None, backward: Direction | None, scale: float, options: dict
+) -> Tensor:
+    """`mixer_scan` composed of the PyTorch references: its specification."""
+
+    def arguments(direction: Direction, reverse: bool) -> ScanArgs:
+        conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D = direction
+        conv_fn = partial(causal_conv1d_ref, reverse=reverse)
+        return scan_arguments(
+            x, conv_weight[:, None], conv_bias, x_proj_weight, dt_weight, A, D=D, delta_bias=dt_bias, conv_fn=conv_fn
+        )
+
+    if forward is not None and backward is not None:
+        return bidirectional_scan_ref(arguments(forward, False), arguments(backward, True), z, scale=scale, **options)
+    reverse = forward is None
+    args = arguments(backward if reverse else forward, reverse)
+    return scale * gated_scan(args, z, scan_fn=selective_scan_ref, reverse=reverse, **options)
+
+
+class _MixerScan(torch.autograd.Function):
+    """`mixer_scan` on kernels. Kept for the backward pass besides x, z and the parameters: x_proj's output, and the
+    scans' states every few steps."""
+
+    @staticmethod
+    def forward(ctx, save_checkpoints, options, x, z, *parameters):
+        along, against, scale, delta_softplus, method = options
+        directions = _directions(parameters)
+        out, kept = None, []
+        for i, (direction, reverse) in enumerate(zip(directions, _reverse_flags(along, against), strict=True)):
+            last = i == len(directions) - 1
+            conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D = direction
+            check_conv_arguments(x, conv_weight, conv_bias, None, None, False, None, "silu")
+            u = torch.ops.causal_conv1d.conv_fwd(x, conv_weight, conv_bias, None, None, True, reverse)
+            projected = F.linear(u.transpose(1, 2), x_proj_weight)
+            dt, B, C = _split(projected, dt_weight, A)
+            check_scan_arguments(u, u, A, B, C, D, z, dt_bias, None, method)
+            out, _, checkpoints = torch.ops.mamba_ssm.selective_scan_fwd(
+                u, dt, A, B, C, D, z if last else None, dt_bias, dt_weight, None, out,
+                scale if last else 1.0, delta_softplus, reverse, method, not last, save_checkpoints,
+            )  # fmt: skip
+            kept += [projected, checkpoints]
+        ctx.save_for_backward(x, z, *parameters, *kept)
+        ctx.options, ctx.count = options, len(parameters)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        along, against, scale, delta_softplus, method = ctx.options
+        x, z, *tensors = ctx.saved_tensors
+        directions, kept = _directions(tensors[: ctx.count]), tensors[ctx.count :]
+        dx = dz = None
+        gradients = []
+        for i, (direction, reverse) in enumerate(zip(directions, _reverse_flags(along, against), strict=True)):
+            last = i == len(directions) - 1
+            conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D = direction
+            projected, checkpoints = kept[2 * i : 2 * i + 2]
+            u = torch.ops.causal_conv1d.conv_fwd(x, conv_weight, conv_bias, None, None, True, reverse)
+            dt, B, C = _split(projected, dt_weight, A)
+            (du, ddelta, dA, dB, dC, dD, dz, ddt_bias), _ = scan_gradients(
+                dout, None, u, dt, A, B, C, D, z, dt_bias, dt_weight, dz, checkpoints,
+                scale, delta_softplus, reverse, method, not last,
+            )  # fmt: skip
+            ddelta = _rows(ddelta)
+            ddt_weight = (ddelta.t() @ _rows(dt)).to(dt_weight.dtype)
+            dprojected = torch.cat([ddelta @ dt_weight.to(ddelta.dtype), _rows(dB), _rows(dC)], dim=1)
+            dx_proj_weight = dprojected.t() @ _rows(u)
+            du = _rows(du).addmm_(dprojected, x_proj_weight)  # a tensor of our own
+            du = du.view(*projected.shape[:2], -1).transpose(1, 2)
+            dx, dconv_weight, dconv_bias, _ = torch.ops.causal_conv1d.conv_bwd(
+                du, x, conv_weight, conv_bias, None, None, True, reverse, dx
+            )
+            gradients += [
+                dconv_weight.to(conv_weight.dtype),
+                None if conv_bias is None else dconv_bias.to(conv_bias.dtype),
+                dx_proj_weight,
+                ddt_weight,
+                ddt_bias,
+                dA,
+                dD,
+            ]
+        return None, None, dx, dz, *gradients
+
+
+def _directions(parameters: list[Tensor | None]) -> list[Direction]:
+    count = len(Direction._fields)
+    return [Direction(*parameters[i : i + count]) for i in range(0, len(parameters), count)]
+
+
+def _reverse_flags(along: bool, against: bool) -> list[bool]:
+    return [False] * along + [True] * against
+
+
+def _split(projected: Tensor, dt_weight: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+    """The inputs of Δ, (B, R, L), and B and C, (B, N, L): views of x_proj's output."""
+    return tuple(t.transpose(1, 2) for t in projected.split([dt_weight.shape[1], A.shape[1], A.shape[1]], dim=-1))
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(B, C, L) as (B·L, C), without a copy where t is channel-last."""
+    return t.transpose(1, 2).reshape(-1, t.shape[1])
+
+
+class _SplitLinear(torch.autograd.Function):
+    """A linear layer whose output is used in halves: the gradients of the halves are never joined."""
+
+    @staticmethod
+    def forward(ctx, h, weight, bias):
+        ctx.save_for_backward(h, weight)
+        ctx.has_bias = bias is not None
+        return tuple(t.transpose(1, 2) for t in F.linear(h, weight, bias).chunk(2, dim=-1))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dx, dz):
+        h, weight = ctx.saved_tensors
+        rows, (weight_x, weight_z), dx, dz = h.reshape(-1, h.shape[-1]), weight.chunk(2), _rows(dx), _rows(dz)
+        dh = (dx @ weight_x).addmm_(dz, weight_z).view(h.shape)
+        dweight = torch.cat([dx.t() @ rows, dz.t() @ rows])
+        return dh, dweight, torch.cat([dx.sum(0), dz.sum(0)]) if ctx.has_bias else None
+
+
+def project_in(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x and z, each (B, D, L) and channel-last, the halves of weight (2D, E) · h (B, L, E) + bias (2D,)."""
+    if torch.is_autocast_enabled(h.device.type):
+        dtype = torch.get_autocast_dtype(h.device.type)
+        h, weight, bias = (t if t is None else t.to(dtype) for t in (h, weight, bias))
+    return _SplitLinear.apply(h, weight, bias)
 
 
 def scan_arguments(
@@ -52,7 +234,7 @@ def scan_arguments(
     u = conv_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
     sizes = [rank] + [d_state] * ((B is None) + (C is None))
     dt, *projected = F.linear(u.transpose(1, 2), x_proj_weight).split(sizes, dim=-1)  # (B, L, R), (B, L, N) …
-    delta = F.linear(dt, delta_proj_weight).transpose(1, 2)
+    delta = F.linear(dt.to(delta_proj_weight.dtype), delta_proj_weight).transpose(1, 2)
     if B is None:
         B = projected.pop(0)
         B = (B if B_proj_bias is None else B + B_proj_bias.to(B.dtype)).transpose(1, 2)

@@ -7,6 +7,8 @@ are part of them, so that a bidirectional block is two calls without a flip or a
     out = scale · (scan(u, …) + D u + addend) · silu(z)
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -20,21 +22,26 @@ from mamba_ssm.ops.selective_scan_ref import (
     selective_scan_ref,
 )
 
+_TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+# (channels, rank) float32: Δ before the bias is delta_weight · delta, and delta is (batch, rank, length)
+_TENSORS += "Tensor? delta_weight, "
 _OPTIONS = "float scale, bool delta_softplus, bool reverse, str discretization_method"
 # out, last state (batch, channels, states), and the states before each chunk of steps, which only the backward reads
 torch.library.define(
     "mamba_ssm::selective_scan_fwd",
-    "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-    f"Tensor? initial_state, Tensor? addend, {_OPTIONS}, bool float_out, bool save_checkpoints) "
+    f"({_TENSORS} Tensor? initial_state, Tensor? addend, {_OPTIONS}, bool float_out, bool save_checkpoints) "
     "-> (Tensor out, Tensor last_state, Tensor checkpoints)",
 )
-# dB and dC in float32, (batch, groups, states, length) or constant; the gradients of absent tensors are empty
+# The gradients without addend, whose share of dz comes from the scan that made it, through dz_addend: it is added to
+# dz, which is float32 with float_dz, so that a sum of two is rounded once. ddelta is (batch, channels, length), with
+# delta_weight too. dB and dC in float32, (batch, groups, states, length) or constant. The gradients of absent tensors
+# are empty.
 torch.library.define(
     "mamba_ssm::selective_scan_bwd",
-    "(Tensor dout, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    f"Tensor? delta_bias, Tensor? addend, Tensor checkpoints, {_OPTIONS}) "
+    f"(Tensor dout, Tensor? dlast_state, {_TENSORS} Tensor? dz_addend, Tensor checkpoints, {_OPTIONS}, "
+    "bool float_dz) "
     "-> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, "
-    "Tensor dinitial_state, Tensor daddend)",
+    "Tensor dinitial_state)",
 )
 
 
@@ -81,7 +88,7 @@ def selective_scan_fn(
         )  # fmt: skip
     _check_diagonal(A)
     args = ScanArgs(u, delta, A, B, C, D, delta_bias)
-    out, last_state = _scan(args, z, initial_state, None, 1.0, delta_softplus, reverse, discretization_method)
+    out, last_state = _scan(args, z, initial_state, delta_softplus, reverse, discretization_method)
     return (out, last_state) if return_last_state else out
 
 
@@ -114,9 +121,17 @@ def bidirectional_scan_fn(
         )
     _check_diagonal(forward.A)
     _check_diagonal(backward.A)
-    y, _ = _scan(forward, None, None, None, 1.0, delta_softplus, False, discretization_method, float_out=True)
-    out, _ = _scan(backward, z, None, y, scale, delta_softplus, True, discretization_method)
-    return out
+    tensors = (*_with_equal_groups(forward), *_with_equal_groups(backward), z)
+    # Each tensor is passed once, though both directions may use it: torch.compile asks for that.
+    distinct: list[Tensor | None] = []
+    places = []
+    for tensor in tensors:
+        place = next((i for i, known in enumerate(distinct) if known is tensor), len(distinct))
+        places.append(place)
+        if place == len(distinct):
+            distinct.append(tensor)
+    options = (scale, delta_softplus, discretization_method, needs_gradient(distinct))
+    return _BidirectionalScan.apply(options, tuple(places), *distinct)
 
 
 def _any_float64(*tensors: Tensor | None) -> bool:
@@ -135,23 +150,28 @@ def _scan(
     args: ScanArgs,
     z: Tensor | None,
     initial_state: Tensor | None,
-    addend: Tensor | None,
-    scale: float,
     delta_softplus: bool,
     reverse: bool,
     discretization_method: str,
-    float_out: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    u, delta, A, B, C, D, delta_bias = args
-    if B.dim() > 2 and C.dim() > 2:
-        groups = max(t.shape[1] if t.dim() == 4 else 1 for t in (B, C))
-        B, C = _with_groups(B, groups), _with_groups(C, groups)
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, addend)
-    save_checkpoints = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    u, delta, A, B, C, D, delta_bias = _with_equal_groups(args)
+    inputs = (u, delta, A, B, C, D, z, delta_bias, None, initial_state, None)
     out, last_state, _ = torch.ops.mamba_ssm.selective_scan_fwd(
-        *inputs, scale, delta_softplus, reverse, discretization_method, float_out, save_checkpoints
+        *inputs, 1.0, delta_softplus, reverse, discretization_method, False, needs_gradient(inputs)
     )
     return out, last_state
+
+
+def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd will ask for a gradient of any of them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _with_equal_groups(args: ScanArgs) -> ScanArgs:
+    if args.B.dim() == 2 or args.C.dim() == 2:
+        return args
+    groups = max(t.shape[1] if t.dim() == 4 else 1 for t in (args.B, args.C))
+    return args._replace(B=_with_groups(args.B, groups), C=_with_groups(args.C, groups))
 
 
 def _with_groups(B: Tensor, groups: int) -> Tensor:
@@ -183,8 +203,9 @@ def _checkpoint_interval(states: int) -> int:
 
 @torch.library.register_fake("mamba_ssm::selective_scan_fwd")
 def _(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, addend, scale, delta_softplus, reverse, method, float_out, save
-):
+    u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, addend,
+    scale, delta_softplus, reverse, method, float_out, save,
+):  # fmt: skip
     batch, channels, length = u.shape
     states = A.shape[1]
     chunks = -(-length // _checkpoint_interval(states)) if save else 0
@@ -197,8 +218,9 @@ def _(
 
 @torch.library.register_fake("mamba_ssm::selective_scan_bwd")
 def _(
-    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, addend, checkpoints, scale, delta_softplus, reverse, method
-):
+    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_weight, dz_addend, checkpoints,
+    scale, delta_softplus, reverse, method, float_dz,
+):  # fmt: skip
     batch, channels, length = u.shape
     states = A.shape[1]
     groups = max(t.shape[1] if t.dim() == 4 else 1 for t in (B, C))
@@ -215,48 +237,98 @@ def _(
 
     return (
         _empty_like_activation(u, u.dtype),
-        _empty_like_activation(delta, delta.dtype),
+        _empty_like_activation(delta if delta_weight is None else u, delta.dtype),
         floats(channels, states),
         matrix(B),
         matrix(C),
         floats(0) if D is None else floats(channels),
-        floats(0) if z is None else _empty_like_activation(z, z.dtype),
+        floats(0) if z is None else _empty_like_activation(z, torch.float32 if float_dz else z.dtype),
         floats(0) if delta_bias is None else floats(channels),
         floats(batch, channels, states),
-        floats(0) if addend is None else _empty_like_activation(addend, addend.dtype),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, scale, delta_softplus, reverse, method, _, _ = inputs
+    *tensors, initial_state, addend, scale, delta_softplus, reverse, method, _, _ = inputs
+    if tensors[8] is not None or addend is not None:
+        raise NotImplementedError(
+            "mamba_ssm::selective_scan_fwd has no derivative of its own where delta_weight or addend is given: "
+            "call selective_scan_fn, bidirectional_scan_fn or mixer_scan"
+        )
     ctx.save_for_backward(*tensors, output[2])
+    ctx.has_initial_state = initial_state is not None
     ctx.options = (scale, delta_softplus, reverse, method)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlast_state, dcheckpoints):
-    u, delta, A, B, C, D, z, delta_bias, initial_state, addend, checkpoints = ctx.saved_tensors
+    *tensors, checkpoints = ctx.saved_tensors
     if dout is None:
-        dout = torch.zeros_like(u)
-    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state, daddend = torch.ops.mamba_ssm.selective_scan_bwd(
-        dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, addend, checkpoints, *ctx.options
-    )
-    dB = (dB.sum(1) if B.dim() == 3 else dB).to(B.dtype)
-    dC = (dC.sum(1) if C.dim() == 3 else dC).to(C.dtype)
-    return (
-        du,
-        ddelta,
-        dA,
-        dB,
-        dC,
-        None if D is None else dD,
-        None if z is None else dz,
-        None if delta_bias is None else ddelta_bias,
-        None if initial_state is None else dinitial_state,
-        None if addend is None else daddend,
-        *[None] * 6,
-    )
+        dout = torch.zeros_like(tensors[0])
+    gradients, dinitial_state = scan_gradients(dout, dlast_state, *tensors, None, checkpoints, *ctx.options, False)
+    return *gradients, None, dinitial_state if ctx.has_initial_state else None, *[None] * 7
 
 
 torch.library.register_autograd("mamba_ssm::selective_scan_fwd", _backward, setup_context=_setup_context)
 refuse_second_derivative("mamba_ssm::selective_scan_bwd")
+
+
+def scan_gradients(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, *rest):
+    """selective_scan_bwd, with the gradients of u … delta_bias in their tensors' shapes and dtypes, None for None."""
+    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = torch.ops.mamba_ssm.selective_scan_bwd(
+        dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, *rest
+    )
+    gradients = (
+        du,
+        ddelta,
+        dA,
+        (dB.sum(1) if B.dim() == 3 else dB).to(B.dtype),
+        (dC.sum(1) if C.dim() == 3 else dC).to(C.dtype),
+        None if D is None else dD,
+        None if z is None else dz,
+        None if delta_bias is None else ddelta_bias,
+    )
+    return gradients, dinitial_state
+
+
+class _BidirectionalScan(torch.autograd.Function):
+    """Both scans under one gate. Neither the sum of the two nor its gradient is kept: each scan brings its share."""
+
+    @staticmethod
+    def forward(ctx, options, places, *distinct):
+        scale, delta_softplus, method, save_checkpoints = options
+        *tensors, z = [distinct[i] for i in places]
+        along, against = ScanArgs(*tensors[:7]), ScanArgs(*tensors[7:])
+        scan = torch.ops.mamba_ssm.selective_scan_fwd
+        y, _, along_checkpoints = scan(
+            *along[:6], None, along.delta_bias, None, None, None,
+            1.0, delta_softplus, False, method, True, save_checkpoints,
+        )  # fmt: skip
+        out, _, against_checkpoints = scan(
+            *against[:6], z, against.delta_bias, None, None, y,
+            scale, delta_softplus, True, method, False, save_checkpoints,
+        )  # fmt: skip
+        ctx.save_for_backward(*distinct, along_checkpoints, against_checkpoints)
+        ctx.options, ctx.places = options, places
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        scale, delta_softplus, method, _ = ctx.options
+        *distinct, along_checkpoints, against_checkpoints = ctx.saved_tensors
+        *tensors, z = [distinct[i] for i in ctx.places]
+        gradients, dz = [], None
+        for args, checkpoints, reverse in (
+            (ScanArgs(*tensors[:7]), along_checkpoints, False),
+            (ScanArgs(*tensors[7:]), against_checkpoints, True),
+        ):
+            (*of_args, dz, ddelta_bias), _ = scan_gradients(
+                dout, None, *args[:6], z, args.delta_bias, None, dz, checkpoints,
+                scale, delta_softplus, reverse, method, not reverse,
+            )  # fmt: skip
+            gradients += [*of_args, ddelta_bias]
+        totals: list[Tensor | None] = [None] * len(distinct)
+        for place, gradient in zip(ctx.places, [*gradients, dz], strict=True):
+            totals[place] = gradient if totals[place] is None else totals[place] + gradient
+        return None, None, *totals

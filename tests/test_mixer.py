@@ -1,0 +1,159 @@
+"""`mixer_scan` and `project_in`, whose backward passes are written by hand, against plain compositions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_selective_scan_cpu import assert_as_accurate, decay_rates, needs_kernel
+from torch import Tensor
+
+from mamba_ssm.ops.discretization_ref import METHODS
+from mamba_ssm.ops.mamba_inner import Direction, mixer_scan, project_in
+
+# float32: eight units in the last place, as a gradient here passes two matrix products besides the scan.
+FLOOR = 1e-6
+BATCH, CHANNELS, LENGTH, STATES, RANK = 2, 36, 41, 5, 3
+
+
+def make_direction(generator: torch.Generator, bias: bool = True) -> Direction:
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return Direction(
+        randn(CHANNELS, 4) * 0.5,
+        randn(CHANNELS) if bias else None,
+        randn(RANK + 2 * STATES, CHANNELS) / CHANNELS**0.5,
+        randn(CHANNELS, RANK) * 0.3,
+        randn(CHANNELS) * 0.3 - 0.5 if bias else None,
+        decay_rates(CHANNELS, STATES),
+        randn(CHANNELS) if bias else None,
+    )
+
+
+def make_inputs(dtype: torch.dtype = torch.float32, layout: str = "channel_last", bias: bool = True):
+    generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(4)
+    xz = torch.randn(BATCH, LENGTH, 2 * CHANNELS, generator=generator).to(dtype)
+    x, z = (t.transpose(1, 2) for t in xz.chunk(2, dim=-1))
+    if layout == "contiguous":
+        x, z = x.contiguous(), z.contiguous()
+    directions = [make_direction(generator, bias) for _ in range(2)]
+    return x, z, [d._replace(x_proj_weight=d.x_proj_weight.to(dtype)) for d in directions]
+
+
+def results(x, z, directions, ways: str, *, double: bool = False, **options) -> dict[str, Tensor]:
+    """The output and the gradient of every tensor under a fixed linear loss."""
+
+    def leaf(t: Tensor | None) -> Tensor | None:
+        return None if t is None else (t.detach().double() if double else t.detach()).requires_grad_()
+
+    x, z = leaf(x), leaf(z)
+    directions = [Direction(*map(leaf, d)) for d in directions]
+    out = mixer_scan(x, z, *(d if way in ways else None for d, way in zip(directions, "fb", strict=True)), **options)
+    used = [d for d, way in zip(directions, "fb", strict=True) if way in ways]
+    names = ["x", "z", *(f"{name} {i}" for i, d in enumerate(used) for name, t in d._asdict().items() if t is not None)]
+    leaves = [x, z, *(t for d in used for t in d if t is not None)]
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    gradients = torch.autograd.grad(out, leaves, weight.to(x.dtype).to(out.dtype))
+    for gradient, tensor in zip(gradients, leaves, strict=True):
+        assert gradient.shape == tensor.shape and gradient.dtype == tensor.dtype
+    return {"out": out.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_both_directions_and_every_gradient(method, dtype):
+    inputs = make_inputs(dtype)
+    options = {"scale": 0.5, "discretization_method": method}
+    kernel = results(*inputs, "fb", **options)
+    reference = results(*inputs, "fb", use_cuda_kernel=False, **options)
+    truth = results(*inputs, "fb", double=True, **options)
+    assert_as_accurate(kernel, reference, truth, floor=FLOOR)
+
+
+@needs_kernel
+@pytest.mark.parametrize("ways", ["f", "b", "fb"])
+@pytest.mark.parametrize("layout", ["channel_last", "contiguous"])
+@pytest.mark.parametrize("bias", [True, False], ids=["", "no biases"])
+def test_single_directions_layouts_and_absent_tensors(ways, layout, bias):
+    inputs = make_inputs(layout=layout, bias=bias)
+    options = {"scale": 0.7}
+    kernel = results(*inputs, ways, **options)
+    reference = results(*inputs, ways, use_cuda_kernel=False, **options)
+    truth = results(*inputs, ways, double=True, **options)
+    assert_as_accurate(kernel, reference, truth, floor=FLOOR)
+
+
+@needs_kernel
+def test_no_gradient_no_checkpoints():
+    """Inference keeps nothing; what it returns is what training returns."""
+    x, z, directions = make_inputs()
+    with torch.no_grad():
+        plain = mixer_scan(x, z, *directions)
+    trained = mixer_scan(x.requires_grad_(), z, *directions)
+    assert not plain.requires_grad and trained.requires_grad
+    assert torch.equal(plain, trained)
+
+
+@needs_kernel
+def test_second_derivatives_are_refused():
+    x, z, directions = make_inputs()
+    (gradient,) = torch.autograd.grad(
+        mixer_scan(x.requires_grad_(), z, *directions).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x_proj_weight": torch.zeros(9, CHANNELS)}, "split_with_sizes|split_sizes"),
+        ({"dt_weight": torch.zeros(CHANNELS - 1, RANK)}, "delta_weight"),
+        ({"A": torch.zeros(CHANNELS - 1, STATES)}, "A: got shape"),
+        ({"A": torch.zeros(CHANNELS, STATES, dtype=torch.float16)}, "A: got torch.float16"),
+        ({"D": torch.zeros(3)}, "D: got shape"),
+        ({"conv_weight": torch.zeros(CHANNELS, 5)}, "weight"),
+    ],
+)
+def test_wrong_parameters_are_named(change, message):
+    x, z, (forward, backward) = make_inputs()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        mixer_scan(x, z, forward, backward._replace(**change))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_project_in_is_a_linear_layer(bias):
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(2, 7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True) if bias else None
+    x, z = project_in(h, weight, b)
+    torch.testing.assert_close(torch.cat([x, z], dim=1).transpose(1, 2), F.linear(h, weight, b))
+    leaves = (h, weight, b) if bias else (h, weight)
+    assert torch.autograd.gradcheck(lambda *given: project_in(*given), leaves)
+
+
+def test_project_in_follows_autocast():
+    h, weight = torch.randn(2, 7, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x, z = project_in(h, weight)
+    assert x.dtype == z.dtype == torch.bfloat16
+    (x.float().sum() + z.float().square().sum()).backward()
+    assert h.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@needs_kernel
+def test_one_graph():
+    x, z, directions = make_inputs()
+    leaves = [x.requires_grad_(), *(t.requires_grad_() for d in directions for t in d)]
+
+    def loss(x, z, directions):
+        return mixer_scan(x, z, *directions, discretization_method="foh").square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(x, z, directions), loss(x, z, directions)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b)
