@@ -1,13 +1,19 @@
 """Checkpoints: no failure costs the previous one, no file runs code, every misfit is named."""
 
 import argparse
+import functools
+import http.server
 import os
 import random
 import signal
+import threading
 
 import numpy as np
 import pytest
+import timm
 import torch
+from parity.parity import fill, image
+from test_parity import GOLDEN, PARITY
 from torch import nn
 
 from vim.checkpoint import (
@@ -15,13 +21,18 @@ from vim.checkpoint import (
     atomic_write,
     check_same_architecture,
     check_same_run,
+    fit_to_model,
     load_checkpoint,
     load_model,
+    load_weights,
     model_state,
     rng_state,
     save_checkpoint,
+    save_weights,
     set_rng_state,
 )
+from vim.models_mamba import VisionMamba
+from vim.pos_embed import resize_pos_embed
 
 
 @pytest.fixture
@@ -166,6 +177,20 @@ def test_published_layout(path):
     assert torch.equal(other.weight, model.weight)
 
 
+def test_moving_averages_are_taken_when_asked_for(path):
+    checkpoint = {"model": {"weight": torch.zeros(2)}, "model_ema": {"weight": torch.ones(2)}}
+    assert model_state(checkpoint, path)["weight"].sum() == 0
+    assert model_state(checkpoint, path, ema=True)["weight"].sum() == 2
+    for without in ({"model": {"weight": torch.zeros(2)}}, {**checkpoint, "model_ema": None}):
+        with pytest.raises(CheckpointError, match=r"has no model_ema.*without --model-ema"):
+            model_state(without, path, ema=True)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_wrappers_names_are_unwrapped(path, prefix):
+    assert list(model_state({"model": {f"{prefix}head.weight": torch.zeros(2)}}, path)) == ["head.weight"]
+
+
 def test_bare_state_dict(path):
     model = nn.Linear(4, 3)
     torch.save(model.state_dict(), path)
@@ -192,6 +217,192 @@ def test_foreign_names_and_shapes_are_listed(path):
     assert "7 unexpected: block0.weight, " in message and "… and 2 more" in message
     assert "1 mis-shaped: 0.weight (4, 2) instead of (4, 4)" in message
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+# --- safetensors, addresses, the hub ---
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+def test_weights_and_their_arguments_are_kept(tmp_path, name):
+    shared = torch.arange(6.0).view(2, 3)
+    state = {"a": shared, "b": shared.t(), "c": torch.ones(2, dtype=torch.bfloat16)}  # shared, strided, half
+    args = {"model": "vim_tiny", "model_kwargs": {"depth": 2}, "seed": 3}
+    save_weights(tmp_path / name, state, args)
+    checkpoint = load_checkpoint(tmp_path / name)
+    assert checkpoint["args"] == args
+    assert all(torch.equal(checkpoint["model"][key], value) for key, value in state.items())
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file of weights", b'\x10\0\0\0\0\0\0\0{"a": nothing  '])
+def test_a_damaged_safetensors_file_is_named(tmp_path, content):
+    (tmp_path / "weights.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is truncated, corrupt"):
+        load_checkpoint(tmp_path / "weights.safetensors")
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """The address of a web server that serves `tmp_path / "served"`; downloads go to `tmp_path / "cache"`."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "served").mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=tmp_path / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["vim.pth", "vim.safetensors"])
+def test_an_address_is_downloaded_once(address, tmp_path, name):
+    save_weights(tmp_path / "served" / name, {"weight": torch.ones(2)}, {"model": "vim_tiny"})
+    assert load_checkpoint(f"{address}/{name}")["model"]["weight"].sum() == 2
+    (tmp_path / "served" / name).unlink()
+    assert load_checkpoint(f"{address}/{name}")["args"] == {"model": "vim_tiny"}
+
+
+def test_an_address_without_a_file_is_named(address):
+    with pytest.raises(CheckpointError, match=rf"cannot download {address}/none.pth: .*404"):
+        load_checkpoint(f"{address}/none.pth")
+
+
+def test_the_hub_is_asked_through_timm(monkeypatch):
+    state = {"weight": torch.ones(2)}
+    monkeypatch.setattr("vim.checkpoint.load_state_dict_from_hf", lambda name: {"owner/vim@v1": state}[name])
+    assert load_checkpoint("hf-hub:owner/vim@v1") == {"model": state}
+    with pytest.raises(CheckpointError, match="cannot load hf-hub:owner/other"):
+        load_checkpoint("hf-hub:owner/other")
+
+
+# --- weights of another image size, stride or number of classes ---
+
+SMALL = {"depth": 2, "embed_dim": 32, "d_state": 4, "num_classes": 10}
+
+
+def vim(img_size, *, seed: int = 7, **options) -> VisionMamba:
+    return fill(VisionMamba(img_size=img_size, **{**SMALL, **options}).eval(), seed)
+
+
+def published(model: nn.Module, **args) -> dict:
+    """What the published trainer wrote: more than the weights, and its arguments as a Namespace."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 3, *model.patch_embed.img_size)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    fill(model, seed=7)
+    return {
+        "model": model.state_dict(),
+        "model_ema": {key: value + 1 for key, value in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"t_initial": 300, "base_values": [1e-3], "noise_pct": 0.67},
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 0},
+        "epoch": 299,
+        "args": argparse.Namespace(model="vim_tiny_patch16_224", input_size=224, lr=1e-3, opt_betas=None, **args),
+    }
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_published_file_gives_the_published_logits(tmp_path, name, form):
+    golden = torch.load(PARITY / f"{name}.pt", weights_only=True)
+    checkpoint = published(fill(VisionMamba(**GOLDEN[name]).eval(), seed=7))
+    path = tmp_path / f"vim.{form}"
+    if form == "pth":
+        torch.save(checkpoint, path)
+    else:
+        save_weights(path, checkpoint["model"], {})
+    model = VisionMamba(**GOLDEN[name]).eval()
+    assert load_weights(model, load_checkpoint(path), path) == []
+    with torch.no_grad():
+        logits = model(image((2, 3, 64, 64), seed=5))
+    torch.testing.assert_close(logits, golden["logits"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "grid"), [((384, 256), 16, (24, 16)), ((224, 224), 8, (27, 27)), (96, 16, (6, 6))]
+)
+@pytest.mark.parametrize("position", ["head", "middle", "tail", "double"])
+def test_a_224_checkpoint_runs_at_other_sizes_and_strides(path, size, stride, grid, position):
+    trained = vim(224, cls_token_position=position)
+    model = vim(size, stride=stride, cls_token_position=position, seed=1)
+    changes = load_weights(model, {"model": trained.state_dict()}, path)
+    assert changes == ["position embedding resampled from 14×14 to {}×{} patches".format(*grid)]
+    expected = resize_pos_embed(trained.pos_embed, grid, (14, 14), position)
+    assert torch.equal(model.pos_embed, expected)
+    others = {key: value for key, value in model.state_dict().items() if key != "pos_embed"}
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in others.items())
+    height, width = model.patch_embed.img_size
+    assert model(torch.zeros(1, 3, height, width)).shape == (1, 10)
+
+
+def test_a_grid_that_is_not_square_comes_from_the_checkpoints_arguments(path):
+    trained = timm.create_model("vim_tiny", img_size=(96, 64), stride=8, **SMALL)
+    args = {"model": "vim_tiny", "input_size": (96, 64), "model_kwargs": {"stride": 8, **SMALL}}
+    checkpoint = {"model": trained.state_dict(), "args": args}
+    turned = timm.create_model("vim_tiny", img_size=(64, 96), stride=8, **SMALL)  # as many patches, but 7×11 not 11×7
+    assert load_weights(turned, checkpoint, path) == ["position embedding resampled from 11×7 to 7×11 patches"]
+    assert torch.equal(turned.pos_embed, resize_pos_embed(trained.pos_embed, (7, 11), (11, 7), "middle"))
+    same = timm.create_model("vim_tiny", img_size=(96, 64), stride=8, **SMALL)
+    assert load_weights(same, checkpoint, path) == []
+    with pytest.raises(CheckpointError, match=r"77 patch rows, which are not a square grid"):
+        fit_to_model(trained.state_dict(), vim(96), path)
+
+
+def test_as_many_patches_in_another_arrangement_are_resampled(path):
+    trained, model = vim(64), vim((128, 32), seed=1)
+    assert load_weights(model, {"model": trained.state_dict()}, path) == [
+        "position embedding resampled from 4×4 to 8×2 patches"
+    ]
+    assert torch.equal(model.pos_embed, resize_pos_embed(trained.pos_embed, (8, 2), (4, 4), "middle"))
+
+
+def test_rope_tables_follow_the_models_grid(path):
+    trained, model = vim(64, if_rope=True), vim(96, if_rope=True)
+    tables = model.rope.freqs_cos.clone()
+    load_weights(model, {"model": trained.state_dict()}, path)
+    assert torch.equal(model.rope.freqs_cos, tables)
+
+
+def test_a_head_for_other_classes_starts_anew(path):
+    trained, model = vim(64), vim(64, num_classes=3, seed=1)
+    head = model.head.weight.clone()
+    changes = load_weights(model, {"model": trained.state_dict()}, path, replace_head=True)
+    assert changes == ["head: 10 classes in the checkpoint, 3 here: it starts anew"]
+    assert torch.equal(model.head.weight, head) and torch.equal(
+        model.patch_embed.proj.weight, trained.patch_embed.proj.weight
+    )
+    with pytest.raises(CheckpointError, match=r"2 mis-shaped: head.weight \(10, 32\) instead of \(3, 32\)"):
+        load_weights(model, {"model": trained.state_dict()}, path)
+
+
+def test_a_head_for_the_same_classes_is_kept(path):
+    trained, model = vim(64), vim(64, seed=1)
+    assert load_weights(model, {"model": trained.state_dict()}, path, replace_head=True) == []
+    assert torch.equal(model.head.weight, trained.head.weight)
+
+
+def test_a_backbone_gets_the_models_head_and_gives_up_its_own(path):
+    trained, backbone = vim(64), vim(64, num_classes=0, seed=1)
+    state = backbone.state_dict()
+    changes = load_weights(trained, {"model": state}, path, replace_head=True)
+    assert changes == ["head: none in the checkpoint, 10 here: it starts anew"]
+    assert load_weights(backbone, {"model": trained.state_dict()}, path, replace_head=True) == [
+        "head: 10 classes in the checkpoint, 0 here: it starts anew"
+    ]
+
+
+def test_models_of_timm_are_fitted_their_own_way(path):
+    options = {"depth": 1, "embed_dim": 16, "num_heads": 1, "num_classes": 4}
+    trained, model = (timm.create_model("vit_tiny_patch16_224", img_size=size, **options) for size in (64, 96))
+    model.reset_classifier(3)
+    changes = load_weights(model, {"model": trained.state_dict()}, path, replace_head=True)
+    assert changes == ["head: 4 classes in the checkpoint, 3 here: it starts anew"]
+    assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
 
 
 def test_other_architecture_is_named(path):

@@ -1,22 +1,33 @@
 """Checkpoints: written so that no failure can cost the previous one, read without running code from the file.
 
-The file is a dict: `model`, `optimizer`, `epoch`, `args`, `rng`, `best_acc1`. Published Vim checkpoints carry `model`
-too, so they load for evaluation; so does a bare state dict.
+A checkpoint is a dict with `model`, and perhaps `model_ema`, `args`, and the rest of a run's state. Published Vim
+checkpoints are such dicts; bare state dicts, safetensors files and models of the Hugging Face hub load as well.
+Weights of another image size, stride or number of classes are fitted to the model, and what was changed is said.
 """
 
 import argparse
 import contextlib
+import json
+import math
 import os
 import pickle
 import random
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors
+import timm
 import torch
+from safetensors.torch import save as to_safetensors
+from timm.models import clean_state_dict, load_state_dict_from_hf
+from timm.models._hub import download_cached_file
 from torch import Tensor, nn
+
+from vim.pos_embed import resize_pos_embed
 
 # What a resumed run may change. All else decides the weights, and a resumed run is the same run.
 _MAY_CHANGE = frozenset(
@@ -67,22 +78,50 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     atomic_write(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, with `weights_only=True`: the file cannot run code.
+def save_weights(path: Path, state: Mapping[str, Tensor], args: Mapping[str, Any]) -> None:
+    """Write a state dict and the arguments it was trained with: safetensors if `path` ends so, else torch's format.
+
+    A safetensors file has the arguments in its metadata, each as JSON; its tensors have the state dict's names, so that
+    timm and others read it too. Raises CheckpointError, TypeError for arguments of other than plain types.
+    """
+    if path.suffix == ".safetensors":
+        metadata = {"format": "pt", **{name: json.dumps(value) for name, value in args.items()}}
+        # Every tensor its own memory: safetensors refuses shared ones.
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+        atomic_write(path, lambda file: file.write(to_safetensors(tensors, metadata)))
+    else:
+        save_checkpoint(path, {"model": dict(state), "args": dict(args)})
+
+
+def load_checkpoint(source: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; the file cannot run code (`weights_only=True`, or safetensors).
+
+    source: a file of torch or, ending so, of safetensors; its http(s) address; or `hf-hub:OWNER/NAME[@REVISION]`.
+    Downloads are kept in torch's and the hub's cache.
 
     Raises CheckpointError if it is missing, truncated, corrupt, or holds more than tensors and plain types.
     """
+    name = str(source)
+    if name.startswith("hf-hub:"):
+        try:
+            return {"model": load_state_dict_from_hf(name.removeprefix("hf-hub:"))}
+        except Exception as error:  # the hub's and the network's many types
+            raise CheckpointError(f"cannot load {name}: {_first_line(error)}") from error
+    if name.startswith(("http://", "https://")):
+        try:
+            source = download_cached_file(name, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"cannot download {name}: {_first_line(error)}") from error
+    path = Path(source)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        # The published checkpoints keep their arguments in a Namespace, which is only a bag of attributes.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is not a checkpoint of tensors and plain types, or is corrupt: {_first_line(error)}"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{path} is truncated, corrupt or not a checkpoint ({path.stat().st_size} bytes): {_first_line(error)}"
         ) from error
@@ -91,15 +130,129 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def model_state(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The model's state dict: `checkpoint["model"]`, or the checkpoint itself if it is a bare state dict."""
-    state = checkpoint.get("model", checkpoint)
+def _load_torch(path: Path) -> Any:
+    # The published checkpoints keep their arguments in a Namespace, which is only a bag of attributes.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
+        metadata = file.metadata() or {}
+    args = {}
+    for name, value in metadata.items():
+        with contextlib.suppress(ValueError):  # other programs' metadata, such as format: pt, are not JSON
+            args[name] = json.loads(value)
+    return {"model": state, "args": args}
+
+
+def model_state(checkpoint: Mapping[str, Any], source: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """The model's state dict: `checkpoint["model"]`, or the checkpoint itself if it is a bare state dict.
+
+    ema: its moving average instead. Prefixes that DDP and torch.compile put before the names are taken off.
+
+    Raises CheckpointError if there is none.
+    """
+    if ema and not checkpoint.get("model_ema"):
+        raise CheckpointError(f"{source} has no model_ema, moving averages of weights: evaluate without --model-ema")
+    state = checkpoint["model_ema"] if ema else checkpoint.get("model", checkpoint)
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} has no model weights; its entries are: {_shorten(checkpoint)}")
-    return dict(state)
+        raise CheckpointError(f"{source} has no model weights; its entries are: {_shorten(checkpoint)}")
+    return clean_state_dict(dict(state))
 
 
-def load_model(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def load_weights(
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    source: str | Path,
+    *,
+    ema: bool = False,
+    replace_head: bool = False,
+) -> list[str]:
+    """Load a checkpoint's weights (ema: their moving average), fitted to the model; see `fit_to_model`.
+
+    Returns what was changed, a line for the log each. Raises CheckpointError.
+    """
+    state = model_state(checkpoint, source, ema=ema)
+    grid = _trained_grid(checkpoint) if _has_patch_grid(model) else None
+    fitted, changes = fit_to_model(state, model, source, replace_head=replace_head, grid=grid)
+    load_model(model, fitted, source)
+    return changes
+
+
+def fit_to_model(
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    source: str | Path,
+    *,
+    replace_head: bool = False,
+    grid: tuple[int, int] | None = None,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A state dict of the same architecture, fitted to the model's image size, patch stride and, with replace_head,
+    number of classes; and what was changed, a line for the log each.
+
+    grid: (rows, columns) of patches that a Vision Mamba was trained with; None: as many rows as columns. With
+    replace_head, a head for another number of classes gives way to the model's own. All else is left to `load_model`.
+
+    Raises CheckpointError if the position embedding cannot be resampled.
+    """
+    own, fitted, changes = model.state_dict(), dict(state), []
+    try:
+        if "pos_embed" in own and "pos_embed" in fitted and _has_patch_grid(model):
+            new_grid = model.patch_embed.grid_size
+            patches = fitted["pos_embed"].shape[1] - model.num_tokens
+            side = math.isqrt(max(0, patches))
+            if grid is None and side * side == patches:
+                grid = (side, side)
+            if grid is not None and grid != new_grid:
+                fitted["pos_embed"] = resize_pos_embed(fitted["pos_embed"], new_grid, grid, model.cls_token_position)
+                sizes = "{}×{} to {}×{}".format(*grid, *new_grid)
+                changes.append(f"position embedding resampled from {sizes} patches")
+        # timm's convention: a model's module knows how to fit a checkpoint of another image size to it.
+        fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        if fit is not None:
+            fitted = dict(fit(fitted, model))
+    except ValueError as error:
+        raise CheckpointError(f"{source} does not fit this model: {error}") from error
+    if replace_head:
+        changes += _replace_head(fitted, own, model)
+    return fitted, changes
+
+
+def _has_patch_grid(model: nn.Module) -> bool:
+    """Whether it is a Vision Mamba; `vim.models_mamba` imports this module."""
+    return hasattr(model, "cls_token_position")
+
+
+def _trained_grid(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(rows, columns) of the patches that a Vision Mamba was trained with, if the checkpoint's arguments say so."""
+    stored = checkpoint.get("args")
+    args = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
+    name, size = args.get("model"), args.get("input_size")
+    if name is None or size is None or not timm.is_model(name):
+        return None
+    with torch.device("meta"):
+        model = timm.create_model(name, **{"img_size": size, **args.get("model_kwargs", {})})
+    return model.patch_embed.grid_size
+
+
+def _replace_head(state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """Put the model's own head into `state` where its shape is another, or where there is none."""
+    classifier = model.get_classifier()
+    name = next((name for name, module in model.named_modules() if module is classifier), "")
+    keys = [key for key in own if key.startswith(f"{name}.")]
+    foreign = [key for key in state if key.startswith(f"{name}.")]
+    if all(key in state and state[key].shape == own[key].shape for key in keys) and len(keys) == len(foreign):
+        return []
+    classes = f"{state[foreign[0]].shape[0]} classes in the checkpoint" if foreign else "none in the checkpoint"
+    for key in foreign:
+        del state[key]
+    state |= {key: own[key] for key in keys}
+    return [f"{name}: {classes}, {model.num_classes} here: it starts anew"]
+
+
+def load_model(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Load `state` into `model`, all keys and shapes equal. Raises CheckpointError naming those that are not."""
     own = model.state_dict()
     missing = [name for name in own if name not in state]
@@ -115,7 +268,7 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
         if names
     ]
     if problems:
-        raise CheckpointError(f"{path} does not fit this model ({len(own)} entries):\n" + "\n".join(problems))
+        raise CheckpointError(f"{source} does not fit this model ({len(own)} entries):\n" + "\n".join(problems))
     model.load_state_dict(state)
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -142,6 +143,7 @@ class ImageLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # or DataLoader would draw from the global one
         )
 
@@ -221,6 +223,7 @@ class StreamLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             drop_last=train,
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator(),
         )
         self.set_epoch(0)
@@ -330,6 +333,12 @@ def _random_numbers(*numbers: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def _outlive_signals(worker_id: int) -> None:
+    """In a worker: the main process decides what a signal to all of them means. A second SIGTERM ends the worker."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _dead_workers(error: RuntimeError) -> Sequence[int]:
