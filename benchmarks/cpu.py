@@ -49,9 +49,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from workloads import (
+    PASSES,
     ROOT,
-    ScanFn,
+    Function,
     Shape,
+    against_zoh,
     create,
     forward,
     forward_backward,
@@ -61,6 +63,7 @@ from workloads import (
     revision,
     scan_cases,
     scan_inputs,
+    scan_with,
     training_step,
     write,
 )
@@ -161,17 +164,16 @@ def ceiling(bench: Bench) -> Section:
 
 
 AHEAD = "discretized ahead"
-PASSES = {"forward": forward, "forward + backward": forward_backward}
 
 
 def require_agreement(shape: Shape, method: str) -> float:
     """The largest relative error of the kernel, over output and gradients; ends the program above 1e-4."""
     cases = scan_cases(shape)
 
-    def results(scan: ScanFn) -> list[Tensor]:
-        return [forward(scan, cases, method)(), *forward_backward(scan, cases, method)()]
+    def results(scan: Function) -> list[Tensor]:
+        return [forward(scan, cases)(), *forward_backward(scan, cases)()]
 
-    pairs = zip(results(selective_scan_fn), results(selective_scan_ref), strict=True)
+    pairs = zip(results(scan_with(method)), results(scan_with(method, selective_scan_ref)), strict=True)
     error = max(((ours - wanted).norm() / wanted.norm()).item() for ours, wanted in pairs)
     if not error <= 1e-4:
         sys.exit(f"{method} at {shape}: the kernel is off the reference by {error:.2g}; a wrong kernel has no speed")
@@ -226,8 +228,8 @@ def scan(bench: Bench) -> Section:
     required = {"forward": 100, "forward + backward": 50}
     for name, make in PASSES.items():
         candidates = {
-            "kernel": make(selective_scan_fn, cases, bench.method),
-            "reference": make(selective_scan_ref, cases, bench.method),
+            "kernel": make(scan_with(bench.method), cases),
+            "reference": make(scan_with(bench.method, selective_scan_ref), cases),
             "mm": matrix_product(product),
         }
         timings = bench.measure(f"scan, {name}", candidates)
@@ -237,7 +239,7 @@ def scan(bench: Bench) -> Section:
         share = per_core * operations[name] / fma_per_core
         speedups = {"reference": ratio(timings["reference"], kernel)}
         if bench.method == "zoh":  # apart and only twice: it takes many seconds, and fills the cache
-            other = {"kernel": candidates["kernel"], AHEAD: make(discretized_ahead, cases, bench.method)}
+            other = {"kernel": candidates["kernel"], AHEAD: make(scan_with(bench.method, discretized_ahead), cases)}
             apart = bench.measure(f"scan, {name}, {AHEAD}", other, rounds=2)
             timings[AHEAD] = apart[AHEAD]
             speedups[AHEAD] = ratio(apart[AHEAD], apart["kernel"])
@@ -271,30 +273,12 @@ def scan(bench: Bench) -> Section:
 
 
 def methods(bench: Bench) -> Section:
-    """Every discretization against zoh; zoh runs twice, which shows the noise."""
     shape = SMALL if bench.quick else VIM_TINY
-    cases = scan_cases(shape, bench.rotated_bytes)
-    again = "zoh again"
-    figures: dict[str, Any] = {"shape": shape._asdict(), "threads": bench.threads, "passes": {}}
-    figures["error"] = {method: require_agreement(SMALL, method) for method in METHODS}
-    rows = {name: [name] for name in (*METHODS, again)}
-    checks = []
-    for name, make in PASSES.items():
-        candidates = {method: make(selective_scan_fn, cases, method) for method in METHODS}
-        candidates[again] = make(selective_scan_fn, cases, "zoh")
-        timings = bench.measure(f"methods, {name}", candidates)
-        ratios = {candidate: ratio(timing, timings["zoh"]) for candidate, timing in timings.items()}
-        for candidate, row in rows.items():
-            row += [milliseconds(timings[candidate]), *ratios[candidate].cells()]
-        slowest = max(METHODS, key=lambda method: ratios[method].value)
-        checks.append(Check(f"{name}: {slowest} (the slowest) / zoh", ratios[slowest].value, 1.5, at_most=True))
-        figures["passes"][name] = {
-            candidate: {**timing.summary(), "over_zoh": asdict(ratios[candidate])}
-            for candidate, timing in timings.items()
-        }
-    columns = ["", "forward, ms", "/ zoh", "middle half", "forward + backward, ms", "/ zoh", "middle half"]
+    errors = {method: require_agreement(SMALL, method) for method in METHODS}
     title = f"discretization methods, {shape}, fp32, {bench.threads} threads"
-    return Section("methods", figures, [Table(title, columns, list(rows.values()))], checks)
+    section = against_zoh(bench.measure, scan_cases(shape, bench.rotated_bytes), title, must=1.5)
+    section.figures |= {"shape": shape._asdict(), "threads": bench.threads, "error": errors}
+    return section
 
 
 # ---- length --------------------------------------------------------------------------------------------------------
@@ -324,7 +308,7 @@ def length(bench: Bench) -> Section:
     cases = {n: scan_cases(s, bench.rotated_bytes) for n, s in shapes.items()}
     timings = {}
     for name, make in PASSES.items():
-        candidates = {n: make(selective_scan_fn, cases[n], bench.method) for n in lengths}
+        candidates = {n: make(scan_with(bench.method), cases[n]) for n in lengths}
         timings[name] = bench.measure(f"length, {name}", candidates)
     # glibc: 64 KiB or more leave the process when they are freed, so that no earlier memory is reused unseen.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
