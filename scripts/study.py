@@ -34,7 +34,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mamba_ssm.ops.discretization_ref import METHODS, PAPER_METHODS
-
-ROOT = Path(__file__).resolve().parent.parent
+from vim.provenance import available_cores, environment
 
 
 class StudyError(Exception):
@@ -172,62 +170,24 @@ def measure_inference(argv: Sequence[str], repetitions: int = 6) -> dict[str, fl
     from rich.console import Console
 
     from vim.data import build_loader
+    from vim.distributed import World
     from vim.engine import evaluate
     from vim.main import create_model, parse_args
 
     args = parse_args(argv)
     loader = build_loader(args, train=False, channels=args.model_kwargs.get("channels", 3))
     count = sum(len(labels) for _, labels in loader)
-    device = torch.device(args.device)
-    model = create_model(args, len(loader.classes)).to(device)
+    world = World(torch.device(args.device))
+    model = create_model(args, len(loader.classes)).to(world.device)
     seconds = []
     for _ in range(repetitions):
         start = time.perf_counter()
-        evaluate(model, loader, device=device, console=Console(quiet=True))  # ends with .item(), hence synchronized
+        evaluate(model, loader, world=world, console=Console(quiet=True))  # ends with .item(), hence synchronized
         seconds.append(time.perf_counter() - start)
     return {"inference_images_per_s": count / min(seconds), "held_out_images": count}
 
 
-def environment() -> dict[str, Any]:
-    """Versions, git revision and machine, for the record."""
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(ROOT), *arguments]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None  # not a checkout, or no git: the report says so
-
-    def package_version(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = models[0] if models else cpu
-    revision = git("rev-parse", "HEAD")
-    if revision and git("status", "--porcelain", "--untracked-files=no"):
-        revision += " with local changes"
-    packages = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "matplotlib")
-    return {
-        "python": platform.python_version(),
-        "packages": {name: package_version(name) for name in packages},
-        "revision": revision,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": cpu,
-        "cores": available_cores(),
-    }
-
-
 # ---- The study -----------------------------------------------------------------------------------------------------
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def training_jobs(output: Path, preset: Preset) -> list[Job]:

@@ -4,11 +4,9 @@ import argparse
 import functools
 import http.server
 import os
-import random
 import signal
 import threading
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -19,17 +17,13 @@ from torch import nn
 from vim.checkpoint import (
     CheckpointError,
     atomic_write,
-    check_same_architecture,
-    check_same_run,
     fit_to_model,
     load_checkpoint,
     load_model,
     load_weights,
     model_state,
-    rng_state,
     save_checkpoint,
     save_weights,
-    set_rng_state,
 )
 from vim.models_mamba import VisionMamba
 from vim.pos_embed import resize_pos_embed
@@ -171,7 +165,6 @@ def test_published_layout(path):
     published = {"model": model.state_dict(), "epoch": 299, "args": argparse.Namespace(lr=1e-3), "max_accuracy": 76.1}
     torch.save(published, path)
     checkpoint = load_checkpoint(path)
-    check_same_architecture(checkpoint, {"model": "vim_tiny", "model_kwargs": {}}, path)
     other = nn.Linear(4, 3)
     load_model(other, model_state(checkpoint, path), path)
     assert torch.equal(other.weight, model.weight)
@@ -182,7 +175,7 @@ def test_moving_averages_are_taken_when_asked_for(path):
     assert model_state(checkpoint, path)["weight"].sum() == 0
     assert model_state(checkpoint, path, ema=True)["weight"].sum() == 2
     for without in ({"model": {"weight": torch.zeros(2)}}, {**checkpoint, "model_ema": None}):
-        with pytest.raises(CheckpointError, match=r"has no model_ema.*without --model-ema"):
+        with pytest.raises(CheckpointError, match=r"has no model_ema.*leave out --use-ema"):
             model_state(without, path, ema=True)
 
 
@@ -403,38 +396,3 @@ def test_models_of_timm_are_fitted_their_own_way(path):
     changes = load_weights(model, {"model": trained.state_dict()}, path, replace_head=True)
     assert changes == ["head: 4 classes in the checkpoint, 3 here: it starts anew"]
     assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
-
-
-def test_other_architecture_is_named(path):
-    stored = {"args": {"model": "vim_tiny", "model_kwargs": {"depth": 2}, "discretization_method": "zoh"}}
-    now = {"model": "vim_tiny", "model_kwargs": {"depth": 3}, "discretization_method": "bilinear"}
-    with pytest.raises(CheckpointError) as caught:
-        check_same_architecture(stored, now, path)
-    assert "model_kwargs: {'depth': 2} in the checkpoint, {'depth': 3} now" in str(caught.value)
-    assert "discretization_method: 'zoh' in the checkpoint, 'bilinear' now" in str(caught.value)
-    assert "model:" not in str(caught.value)
-
-
-def test_a_resumed_run_may_last_longer_but_not_learn_otherwise(path):
-    stored = {"model": {}, "optimizer": {}, "epoch": 0, "rng": {}, "best_acc1": 0.0}
-    stored["args"] = {"lr": 0.1, "epochs": 3, "seed": 1, "data_path": "/there"}
-    check_same_run(stored, {"lr": 0.1, "epochs": 5, "seed": 1, "data_path": "/here", "new_flag": 1}, path)
-    with pytest.raises(CheckpointError, match=r"(?s)other settings:\n  lr: 0.1 in the checkpoint, 0.2 now$"):
-        check_same_run(stored, {"lr": 0.2, "epochs": 3, "seed": 1, "data_path": "/there"}, path)
-
-
-def test_weights_alone_cannot_be_resumed(path):
-    with pytest.raises(CheckpointError, match="has no optimizer, epoch, args, rng, best_acc1"):
-        check_same_run({"model": {}}, {}, path)
-
-
-def test_random_generators_go_on_where_they_were(path):
-    def draw():
-        return random.random(), np.random.normal(), torch.rand(3).tolist(), random.gauss(0, 1)
-
-    np.random.normal()  # leaves a second normal number waiting: part of the state
-    save_checkpoint(path, {"rng": rng_state()})
-    expected = draw()
-    assert draw() != expected
-    set_rng_state(load_checkpoint(path)["rng"])
-    assert draw() == expected

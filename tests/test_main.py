@@ -1,7 +1,6 @@
 """The trainer as it is used: train, evaluate, be killed, go on; and what it says when it cannot."""
 
 import io
-import json
 import math
 import os
 import shutil
@@ -18,6 +17,18 @@ import torch
 from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
+from trainer_runs import (
+    BRIEF,
+    DIGITS,
+    STATEFUL,
+    TOY,
+    VIM,
+    assert_same_run,
+    command,
+    read_log,
+    toy,
+    toy_flags,
+)
 
 import vim.checkpoint
 import vim.engine
@@ -25,47 +36,14 @@ import vim.main
 from mamba_ssm.ops.discretization_ref import METHODS
 from vim.checkpoint import CheckpointError, load_checkpoint
 from vim.data import DataError
-from vim.engine import NonFiniteLossError, Track
-from vim.main import ConfigError, build_parser, create_model, create_optimizer, create_scheduler, main, parse_args
-
-# 2 x 2 patches and the cls token, 28,554 parameters: small enough for the reference scan.
-VIM = ["--model", "vim_tiny", "--model-kwargs", "patch_size=4", "stride=4", "depth=2", "embed_dim=32", "channels=1"]
-# A model that learns nothing in time but costs next to nothing, for the machinery. Its dropped paths need the RNG.
-TOY = ["--model", "vit_tiny_patch16_224", "--drop-path", "0.2",
-       "--model-kwargs", "patch_size=4", "depth=2", "embed_dim=16", "num_heads=1", "in_chans=1"]  # fmt: skip
-DIGITS = ["--data-set", "DIGITS", "--device", "cpu"]
-BRIEF = ["--batch-size", "128", "--warmup-epochs", "1", "--lr", "2e-3", "--unscale-lr"]
+from vim.engine import NonFiniteLossError, Track, Trainer
+from vim.main import ConfigError, create_model, create_optimizer, create_scheduler, main, parse_args
+from vim.run_state import Stopped
 
 RECORD = {
     "epoch", "train_loss", "train_lr", "test_loss", "test_acc1", "test_acc5", "n_parameters", "epoch_time_s",
     "images_per_s", "peak_memory_mb", "discretization_method", "seed",
 }  # fmt: skip
-TIMES = ("epoch_time_s", "images_per_s", "peak_memory_mb")
-
-
-def toy(output: Path, *flags: str, epochs: int = 3) -> dict:
-    return main([*TOY, *DIGITS, *BRIEF, "--epochs", str(epochs), "--output_dir", str(output), *flags])
-
-
-def command(*argv: str) -> list[str]:
-    return [sys.executable, "-m", "vim.main", *argv]
-
-
-def read_log(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
-
-
-def assert_same_run(output: Path, expected: Path) -> None:
-    """Same weights, optimizer state and best, bit for bit; same log but for the clock."""
-    one, other = (load_checkpoint(folder / "checkpoint.pth") for folder in (output, expected))
-    torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
-    torch.testing.assert_close(one["optimizer"], other["optimizer"], rtol=0, atol=0)
-    assert one["epoch"] == other["epoch"] and one["best_acc1"] == other["best_acc1"]
-    best, other_best = (load_checkpoint(folder / "best_checkpoint.pth") for folder in (output, expected))
-    torch.testing.assert_close(best["model"], other_best["model"], rtol=0, atol=0)
-    logs = [[{k: v for k, v in record.items() if k not in TIMES} for record in read_log(f)] for f in (output, expected)]
-    assert logs[0] == logs[1]
-    assert {path.name for path in output.iterdir()} == {"checkpoint.pth", "best_checkpoint.pth", "log.txt"}
 
 
 @pytest.fixture(scope="module")
@@ -216,14 +194,26 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
 # --- going on after an end, an accident, or a kill ---
 
 
-def test_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, monkeypatch):
-    def leave_at_epoch_2(*args, **kwargs):
-        if args[5] == 2:
-            raise KeyboardInterrupt
-        return train(*args, **kwargs)
+def dies_at(monkeypatch, death: int, act) -> None:
+    """Call `act` instead of the update number `death` of what follows."""
+    update, done = Trainer._update, 0
 
-    train = vim.main.train_one_epoch
-    monkeypatch.setattr(vim.main, "train_one_epoch", leave_at_epoch_2)
+    def update_until_death(self, position):
+        nonlocal done
+        done += 1
+        if done == death:
+            act()
+        update(self, position)
+
+    monkeypatch.setattr(Trainer, "_update", update_until_death)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, monkeypatch):
+    dies_at(monkeypatch, 23, interrupt)  # the first of epoch 2
     with pytest.raises(KeyboardInterrupt):
         toy(tmp_path)
     monkeypatch.undo()
@@ -232,9 +222,72 @@ def test_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, monkeypatch):
     assert_same_run(tmp_path, unbroken)
 
 
-@pytest.mark.parametrize("writes", range(1, 7))
+@pytest.fixture(scope="module")
+def stateful(tmp_path_factory) -> Path:
+    """Two epochs of 11 updates with all that keeps a state, that nothing disturbed."""
+    output = tmp_path_factory.mktemp("stateful")
+    toy(output, *STATEFUL, epochs=2)
+    return output
+
+
+@pytest.mark.parametrize("death", [3, 8, 12, 18, 22])
+def test_resumed_from_mid_epoch_equals_the_unbroken_run(stateful, tmp_path, monkeypatch, death, capsys):
+    flags = [*STATEFUL, "--checkpoint-steps", "4"]
+    dies_at(monkeypatch, death, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path, *flags, epochs=2)
+    monkeypatch.undo()
+    saved = {3: None, 8: (0, 4), 12: (1, 0), 18: (1, 4), 22: (1, 8)}[death]
+    if saved is None:
+        assert not (tmp_path / "checkpoint.pth").exists()
+    else:
+        position = load_checkpoint(tmp_path / "checkpoint.pth")["position"]
+        assert (position["epoch"], position["step"]) == saved
+    torch.rand(7)
+    np.random.rand(7)
+    toy(tmp_path, *flags, "--resume", "auto", epochs=2)
+    if saved and saved[1]:
+        assert f"resumed from {tmp_path / 'checkpoint.pth'}, epoch {saved[0]}, step {saved[1]} of 11" in (
+            capsys.readouterr().out
+        )
+    assert_same_run(tmp_path, stateful)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_run_goes_on_later(stateful, tmp_path, monkeypatch, number):
+    before = signal.getsignal(number)
+    dies_at(monkeypatch, 5, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped, match="epoch 0, step 6 of 11"):
+        toy(tmp_path, *STATEFUL, epochs=2)
+    assert signal.getsignal(number) == before
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pth", "config.yaml"}
+    toy(tmp_path, *STATEFUL, "--resume", "auto", epochs=2)
+    assert_same_run(tmp_path, stateful)
+
+
+def test_saving_by_the_clock(stateful, tmp_path, monkeypatch):
+    dies_at(monkeypatch, 3, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path, *STATEFUL, "--save-every-minutes", "1e-9", epochs=2)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["position"]["step"] == 2
+    toy(tmp_path, *STATEFUL, "--resume", "auto", epochs=2)
+    assert_same_run(tmp_path, stateful)
+
+
+def test_resume_with_the_same_update_split_otherwise(unbroken, tmp_path):
+    """Half the batch and twice as many per update make the same updates, but for dropped paths; others are refused."""
+    output = shutil.copytree(unbroken, tmp_path / "copy")
+    toy(output, "--resume", "auto", "--batch-size", "64", "--grad-accum-steps", "2", epochs=4)
+    assert [record["epoch"] for record in read_log(output)] == [0, 1, 2, 3]
+    with pytest.raises(CheckpointError, match="images per update: 128 in the checkpoint, 64 now"):
+        toy(output, "--resume", "auto", "--batch-size", "64", epochs=5)
+
+
+@pytest.mark.parametrize("writes", range(1, 8))
 def test_death_between_any_two_writes_costs_nothing(unbroken, tmp_path, monkeypatch, writes):
-    """An epoch writes log, best checkpoint (if it is), checkpoint; the process may die before any of them lands."""
+    """First the configuration; an epoch writes log, best checkpoint (if it is), checkpoint. Any may be the last."""
     replace, done = os.replace, 0
 
     def replace_until_death(source, target):
@@ -302,7 +355,7 @@ def test_an_earlier_run_is_not_overwritten(unbroken, tmp_path):
         (["--seed", "5"], "seed: 0 in the checkpoint, 5 now"),
         (["--model", "vit_small_patch16_224"], "model: 'vit_tiny_patch16_224' in the checkpoint, 'vit_small"),
         (["--model-kwargs", "depth=1"], "model_kwargs: {'patch_size': 4,"),
-        (["--input-size", "16"], "input_size: 8 in the checkpoint, 16 now"),
+        (["--input-size", "16"], "input_size: (8, 8) in the checkpoint, (16, 16) now"),
     ],
 )
 def test_resume_of_another_run_is_refused(unbroken, tmp_path, flags, said):
@@ -355,27 +408,29 @@ def test_disk_full_keeps_the_last_checkpoint(unbroken, tmp_path):
 # --- losses that are not finite ---
 
 
+EXPLODES = ["--sched", "step", "--warmup-epochs", "0", "--decay-epochs", "1", "--decay-rate", "1e30"]
+
+
 def test_nan_loss_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
-    flags = ["--sched", "step", "--warmup-epochs", "0", "--decay-epochs", "1", "--decay-rate", "1e30"]
-    with pytest.raises(NonFiniteLossError, match=r"the loss is (nan|inf) in epoch 1, step 1 of 11"):
-        toy(tmp_path, *flags)
-    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
+    with pytest.raises(NonFiniteLossError, match=r"the loss is (nan|inf) in epoch 1, batch 1 of 11"):
+        toy(tmp_path, *EXPLODES, "--checkpoint-steps", "1")
+    position = load_checkpoint(tmp_path / "checkpoint.pth")["position"]
+    assert (position["epoch"], position["step"]) == (1, 1)
     assert len(read_log(tmp_path)) == 1
-    argv = [*TOY, *DIGITS, *BRIEF, *flags, "--epochs", "3", "--output_dir", str(tmp_path), "--resume", "auto"]
-    monkeypatch.setattr(sys, "argv", ["main.py", *argv])
+    monkeypatch.setattr(sys, "argv", ["main.py", *toy_flags(tmp_path, *EXPLODES, "--resume", "auto")])
     assert vim.main.cli() == 3
-    assert "error: the loss is" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: the loss is" in said and said.count("\n  DIGITS, training image ") == 128
 
 
 def test_weights_that_became_nan_in_the_last_step_are_not_saved(tmp_path, monkeypatch):
-    def last_step_breaks_the_weights(model, *args, **kwargs):
-        result = train(model, *args, **kwargs)
-        if args[4] == 1:
-            next(model.parameters()).data.fill_(math.nan)
-        return result
+    def last_step_breaks_the_weights(self, position, wishes):
+        yield from train(self, position, wishes)
+        if position.epoch == 1:
+            next(self.model.parameters()).data.fill_(math.nan)
 
-    train = vim.main.train_one_epoch
-    monkeypatch.setattr(vim.main, "train_one_epoch", last_step_breaks_the_weights)
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", last_step_breaks_the_weights)
     with pytest.raises(NonFiniteLossError, match=r"held-out images is nan after epoch 1; the epoch was not saved"):
         toy(tmp_path)
     assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
@@ -401,16 +456,16 @@ def digit_folder(tmp_path_factory) -> Path:
 FOLDER_TOY = [*TOY[:-1], "--input-size", "16", "--batch-size", "32", "--device", "cpu", "--epochs", "2"]
 
 
-def test_image_folder_run_resumes_with_workers(digit_folder, tmp_path):
+def test_image_folder_run_resumes_with_workers(digit_folder, tmp_path, monkeypatch):
     flags = [*FOLDER_TOY, "--data-path", str(digit_folder), "--num_workers", "2"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     record = main([*flags, "--output_dir", str(whole)])
     assert record["test_acc5"] == pytest.approx(100)  # three classes: all of them
-    shutil.copytree(whole, broken)
-    (broken / "checkpoint.pth").unlink()
-    (broken / "best_checkpoint.pth").unlink()
-    (broken / "log.txt").unlink()
-    main([*flags, "--output_dir", str(broken), "--resume", "auto"])
+    dies_at(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="the end of epoch 1"):
+        main([*flags, "--output_dir", str(broken)])
+    monkeypatch.undo()
+    main([*flags, "--num_workers", "1", "--output_dir", str(broken), "--resume", "auto"])
     assert_same_run(broken, whole)
 
 
@@ -436,147 +491,3 @@ def test_corrupt_image_ends_the_program_with_its_name(digit_folder, tmp_path, mo
     said = capsys.readouterr().err
     assert said.startswith(f"vim/main.py: error: cannot read image {root / 'train' / 'digit 1' / '7.png'}: ")
     assert "Traceback" not in said
-
-
-# --- the command line ---
-
-# Each flag, an example on the command line, and what it must become.
-EVERY_FLAG = {
-    "--model": ("vim_small", "vim_small"),
-    "--model-kwargs": ("depth=3 if_rope=True", [("depth", 3), ("if_rope", True)]),
-    "--discretization-method": ("rk4", "rk4"),
-    "--input-size": ("96", 96),
-    "--drop": ("0.1", 0.1),
-    "--drop-path": ("0.2", 0.2),
-    "--data-set": ("CIFAR10", "CIFAR10"),
-    "--data-path": ("/data", "/data"),
-    "--inat-category": ("genus", "genus"),
-    "--num-classes": ("12", 12),
-    "--train-split": ("train-{00..07}.tar", "train-{00..07}.tar"),
-    "--val-split": ("test", "test"),
-    "--num_workers": ("99", 99),
-    "--num-workers": ("99", 99),
-    "--pin-mem": ("", True),
-    "--no-pin-mem": ("", False),
-    "--batch-size": ("32", 32),
-    "--epochs": ("7", 7),
-    "--start_epoch": ("2", 2),
-    "--start-epoch": ("2", 2),
-    "--opt": ("lamb", "lamb"),
-    "--opt-eps": ("1e-6", 1e-6),
-    "--opt-betas": ("0.8 0.9", [0.8, 0.9]),
-    "--momentum": ("0.8", 0.8),
-    "--weight-decay": ("0.1", 0.1),
-    "--clip-grad": ("2", 2.0),
-    "--sched": ("poly", "poly"),
-    "--lr": ("1e-2", 1e-2),
-    "--unscale-lr": ("", True),
-    "--warmup-lr": ("1e-7", 1e-7),
-    "--min-lr": ("0", 0.0),
-    "--warmup-epochs": ("1", 1),
-    "--decay-epochs": ("5", 5.0),
-    "--decay-rate": ("0.5", 0.5),
-    "--smoothing": ("0.2", 0.2),
-    "--mixup": ("0", 0.0),
-    "--cutmix": ("0.4", 0.4),
-    "--mixup-prob": ("0.5", 0.5),
-    "--mixup-switch-prob": ("0.6", 0.6),
-    "--mixup-mode": ("elem", "elem"),
-    "--color-jitter": ("0.2", 0.2),
-    "--aa": ("v0", "v0"),
-    "--ThreeAugment": ("", True),
-    "--src": ("", True),
-    "--repeated-aug": ("", True),
-    "--no-repeated-aug": ("", False),
-    "--train-interpolation": ("random", "random"),
-    "--reprob": ("0.1", 0.1),
-    "--remode": ("const", "const"),
-    "--recount": ("2", 2),
-    "--eval-crop-ratio": ("0.9", 0.9),
-    "--output_dir": ("out", "out"),
-    "--output-dir": ("out", "out"),
-    "--resume": ("some.pth", "some.pth"),
-    "--eval": ("", True),
-    "--device": ("cuda:3", "cuda:3"),
-    "--seed": ("4", 4),
-}
-
-
-def test_every_flag_is_listed_here():
-    flags = {flag for action in build_parser()._actions for flag in action.option_strings}
-    assert flags - {"-h", "--help"} == set(EVERY_FLAG)
-
-
-@pytest.mark.parametrize("flag", EVERY_FLAG)
-def test_every_flag_is_parsed(flag):
-    text, expected = EVERY_FLAG[flag]
-    name = flag.removeprefix("--no-").lstrip("-").replace("-", "_")
-    assert getattr(build_parser().parse_args([flag, *text.split()]), name) == expected
-
-
-def test_model_kwargs_are_python_values():
-    kwargs = ["depth=3", "if_rope=True", "final_pool_type=mean", "ssm_cfg={'d_state': 8}", "name=a=b", "none=None"]
-    args = parse_args(["--model-kwargs", *kwargs])
-    assert args.model_kwargs == {
-        "depth": 3, "if_rope": True, "final_pool_type": "mean", "ssm_cfg": {"d_state": 8}, "name": "a=b", "none": None,
-    }  # fmt: skip
-
-
-def test_the_data_set_decides_defaults_and_the_command_line_wins():
-    args = parse_args(["--data-set", "DIGITS", "--cutmix", "0.5"])
-    assert (args.input_size, args.mixup, args.cutmix) == (8, 0.0, 0.5)
-    args = parse_args(["--data-set", "CIFAR"])
-    assert (args.data_set, args.input_size, args.mixup) == ("CIFAR100", 224, 0.8)
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        (["--batch", "3"], "unrecognized arguments: --batch 3"),
-        (["--model", "vim_tyny"], r"--model vim_tyny is not known; close to it: .*vim_tiny"),
-        (["--discretization-method", "euler"], "invalid choice: 'euler'.*zoh.*highorder.*zoh_exact"),
-        (["--discretization-method", "rk4", "--model", "resnet18"], "for Vision Mamba; resnet18 has no state space"),
-        (["--data-set", "MNIST"], "MNIST is not known; choose IMNET.*DIGITS"),
-        (["--opt", "adamv"], "--opt adamv is not known; close to it: .*adam"),
-        (["--sched", "triangle"], "invalid choice: 'triangle'.*cosine"),
-        (["--batch-size", "0"], "--batch-size: 0 is not above 0"),
-        (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
-        (["--lr", "nan"], "--lr: nan is not above 0"),
-        (["--smoothing", "1"], "--smoothing 1.0 is not below 1"),
-        (["--reprob", "2"], "--reprob: 2 is not a probability"),
-        (["--mixup-prob", "-1"], "--mixup-prob: -1 is not at least 0"),
-        (["--model-kwargs", "img_size=64"], "use --input-size"),
-        (["--epochs", "-1"], "--epochs"),
-        (["--model-kwargs", "depth"], "'depth' is not KEY=VALUE"),
-        (["--batch-size", "3"], "mixup and cutmix need an even one"),
-        (["--eval"], "--eval needs --resume"),
-        (["--resume", "auto"], "--resume auto needs --output_dir"),
-        (["--start_epoch", "1", "--resume", "x.pth"], "--start_epoch cannot be set together with --resume"),
-        (["--device", "gpu"], "--device gpu is not cpu, cuda or cuda:N"),
-        (["--device", "mps"], "--device mps is not cpu, cuda or cuda:N"),
-        (["--device", "cuda"], "--device cuda: 0 CUDA devices are usable here; try --device cpu"),
-        (["--data-set", "DIGITS"], "--model vim_tiny cannot be built with these options: .*img_size"),
-        ([*VIM, "no_such_option=1", *DIGITS], "--model vim_tiny cannot be built.*no_such_option"),
-        ([*TOY, *DIGITS, "--epochs", "1", "--start_epoch", "1"], "--epochs 1: nothing to do from epoch 1 on"),
-        ([*TOY, *DIGITS, "--output_dir", "/dev/null/x"], "--output_dir /dev/null/x cannot be made"),
-    ],
-)
-def test_errors_of_the_command_line(argv, said, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ConfigError, match=said):
-        main(argv)
-
-
-def test_script_gives_one_message_and_exit_code_2():
-    result = subprocess.run([sys.executable, vim.main.__file__, "--epochs", "0"], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.strip() == "vim/main.py: error: argument --epochs: 0 is not above 0"
-
-
-def test_help_names_every_method_and_data_set(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in (*METHODS, "IMNET", "CIFAR10", "DIGITS"))

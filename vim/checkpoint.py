@@ -11,14 +11,12 @@ import json
 import math
 import os
 import pickle
-import random
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import safetensors
 import timm
 import torch
@@ -28,13 +26,6 @@ from timm.models._hub import download_cached_file
 from torch import Tensor, nn
 
 from vim.pos_embed import resize_pos_embed
-
-# What a resumed run may change. All else decides the weights, and a resumed run is the same run.
-_MAY_CHANGE = frozenset(
-    {"output_dir", "resume", "start_epoch", "eval", "epochs", "data_path", "device", "num_workers", "pin_mem"}
-)
-# What decides how the weights are used, beyond their shapes: one state dict fits every discretization method.
-_ARCHITECTURE = ("model", "model_kwargs", "discretization_method")
 
 
 class CheckpointError(RuntimeError):
@@ -155,7 +146,7 @@ def model_state(checkpoint: Mapping[str, Any], source: str | Path, *, ema: bool 
     Raises CheckpointError if there is none.
     """
     if ema and not checkpoint.get("model_ema"):
-        raise CheckpointError(f"{source} has no model_ema, moving averages of weights: evaluate without --model-ema")
+        raise CheckpointError(f"{source} has no model_ema, moving averages of weights: leave out --use-ema")
     state = checkpoint["model_ema"] if ema else checkpoint.get("model", checkpoint)
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{source} has no model weights; its entries are: {_shorten(checkpoint)}")
@@ -270,60 +261,6 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor], source: str | Path
     if problems:
         raise CheckpointError(f"{source} does not fit this model ({len(own)} entries):\n" + "\n".join(problems))
     model.load_state_dict(state)
-
-
-def check_same_run(checkpoint: Mapping[str, Any], args: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError unless training under `args` continues the run that wrote `checkpoint`.
-
-    Flags that came after the checkpoint was written are not compared.
-    """
-    absent = [name for name in ("model", "optimizer", "epoch", "args", "rng", "best_acc1") if name not in checkpoint]
-    if absent:
-        raise CheckpointError(
-            f"{path} has no {', '.join(absent)}: training cannot resume from it; "
-            "it can be evaluated with --eval if its weights fit"
-        )
-    _check_args(checkpoint["args"], args, [name for name in args if name not in _MAY_CHANGE], path)
-
-
-def check_same_architecture(checkpoint: Mapping[str, Any], args: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError if `checkpoint` says that it was trained as another model than `args` describe."""
-    stored = checkpoint.get("args")
-    if isinstance(stored, Mapping):  # a published checkpoint's Namespace names no discretization method
-        _check_args(stored, args, _ARCHITECTURE, path)
-
-
-def rng_state() -> dict[str, Any]:
-    """The states of all global random number generators, as tensors and plain types."""
-    numpy_state = np.random.get_state(legacy=False)
-    key = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
-    return {
-        "python": random.getstate(),
-        "numpy": {**numpy_state, "state": {"key": key, "pos": int(numpy_state["state"]["pos"])}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore what `rng_state` returned. GPU generators are restored if there are as many GPUs as then."""
-    random.setstate(state["python"])
-    inner = state["numpy"]["state"]
-    key = inner["key"].numpy().astype(np.uint32)
-    np.random.set_state({**state["numpy"], "state": {"key": key, "pos": inner["pos"]}})
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _check_args(stored: Mapping[str, Any], args: Mapping[str, Any], names: Any, path: Path) -> None:
-    differing = [
-        f"  {name}: {stored[name]!r} in the checkpoint, {args[name]!r} now"
-        for name in names
-        if name in stored and stored[name] != args[name]
-    ]
-    if differing:
-        raise CheckpointError(f"{path} belongs to a run with other settings:\n" + "\n".join(differing))
 
 
 def _shorten(names: Any, limit: int = 5) -> str:

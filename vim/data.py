@@ -27,7 +27,7 @@ DATA_SETS: dict[str, dict[str, Any]] = {
     "INAT19": {},
     "CIFAR10": {},
     "CIFAR100": {},
-    "DIGITS": {"input_size": 8, "mixup": 0.0, "cutmix": 0.0, "repeated_aug": False},
+    "DIGITS": {"input_size": 8, "mixup": 0.0, "cutmix": 0.0, "repeated_aug": False, "model_ema": False},
 }
 # timm's schemes, and the package that each needs. hfds/ gives access to any image, the others are streams.
 SCHEMES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
