@@ -13,6 +13,7 @@ TORCH_CUDA_ARCH_LIST the GPUs (such as "9.0;10.0+PTX"), MAX_JOBS the number of p
 """
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -130,9 +132,20 @@ class BuildLibraries(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
 
+class PythonIndependentWheel(bdist_wheel):
+    """For every Python 3, on a Linux with this one's C library or a later."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        tag = super().get_tag()[2]
+        libc, version = platform.libc_ver()
+        if libc == "glibc" and tag.startswith("linux"):
+            tag = f"many{tag}".replace("linux", f"linux_{version.replace('.', '_')}")
+        return "py3", "none", tag
+
+
 # Optional: an installation without the libraries is complete, and runs on the reference.
 extensions = [Extension("mamba_ssm._C_cpu", sources("*_cpu*.cpp"), optional=True)]
 if cuda_sources := sources("*.cu", "*_cuda*.cpp"):
     extensions.append(Extension("mamba_ssm._C_cuda", cuda_sources, optional=True))
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildLibraries})
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PythonIndependentWheel})
