@@ -21,18 +21,18 @@ UNROLLED = 16
 
 
 @triton.jit
-def exp2_kernel(out, repeats, BLOCK: tl.constexpr, UNROLLED: tl.constexpr):
+def exp2_kernel(out, REPEATS: tl.constexpr, UNROLLED: tl.constexpr, BLOCK: tl.constexpr):
     v = tl.arange(0, BLOCK) / BLOCK
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         for _ in tl.static_range(UNROLLED):
             v = tl.exp2(-v)
     tl.store(out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), v)
 
 
 @triton.jit
-def fma_kernel(out, repeats, BLOCK: tl.constexpr, UNROLLED: tl.constexpr):
+def fma_kernel(out, REPEATS: tl.constexpr, UNROLLED: tl.constexpr, BLOCK: tl.constexpr):
     v = tl.arange(0, BLOCK) / BLOCK
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         for _ in tl.static_range(UNROLLED):
             v = tl.fma(v, 0.5, 0.25)
     tl.store(out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), v)
@@ -53,8 +53,8 @@ def candidates(device: torch.device, copied: int, programs: int, repeats: int) -
     out = torch.empty(programs * BLOCK, device=device)
     return {
         "bytes": partial(target.copy_, source),
-        "exp2": partial(exp2_kernel[(programs,)], out, repeats, BLOCK, UNROLLED),
-        "fma": partial(fma_kernel[(programs,)], out, repeats, BLOCK, UNROLLED),
+        "exp2": partial(exp2_kernel[(programs,)], out, repeats, UNROLLED, BLOCK),
+        "fma": partial(fma_kernel[(programs,)], out, repeats, UNROLLED, BLOCK),
     }
 
 

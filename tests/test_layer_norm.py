@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from mamba_ssm.ops.triton import layer_norm
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, layer_norm_ref, rms_norm_fn, rms_norm_ref
 
 needs_kernel = pytest.mark.needs_kernel
-needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="there is no triton here")
+TRITON = tuple(map(int, version("triton").split(".")[:2])) if importlib.util.find_spec("triton") else (0, 0)
+needs_triton = pytest.mark.skipif(TRITON == (0, 0), reason="there is no triton here")
 EPS = 1e-5
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -316,8 +318,8 @@ def test_second_derivatives_are_refused():
 
 
 @needs_kernel
-@needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
+@pytest.mark.skipif(TRITON < (3, 7), reason="the interpreter before Triton 3.7 cannot loop under today's NumPy")
 def test_triton_kernels_in_the_interpreter():
     """The tests of this file again, with the Triton kernels in the place of the C++ ones."""
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
