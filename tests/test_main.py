@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from rich.console import Console
-from sklearn.datasets import load_digits
 from trainer_runs import (
     BRIEF,
     DIGITS,
+    FOLDER_TOY,
     STATEFUL,
     TOY,
     VIM,
     assert_same_run,
     command,
+    digit_folder,
     read_log,
     toy,
     toy_flags,
@@ -440,24 +440,12 @@ def test_weights_that_became_nan_in_the_last_step_are_not_saved(tmp_path, monkey
 
 
 @pytest.fixture(scope="module")
-def digit_folder(tmp_path_factory) -> Path:
-    """An ImageFolder of real images: the digits 0, 1 and 2 as PNG files."""
-    root, source = tmp_path_factory.mktemp("digits"), load_digits()
-    for digit in range(3):
-        images = source.images[source.target == digit]
-        for split, chosen in (("train", images[:40]), ("val", images[40:60])):
-            folder = root / split / f"digit {digit}"
-            folder.mkdir(parents=True)
-            for index, image in enumerate(chosen):
-                Image.fromarray((image * 15.9).astype(np.uint8)).save(folder / f"{index}.png")
-    return root
+def digit_files(tmp_path_factory) -> Path:
+    return digit_folder(tmp_path_factory.mktemp("digits"))
 
 
-FOLDER_TOY = [*TOY[:-1], "--input-size", "16", "--batch-size", "32", "--device", "cpu", "--epochs", "2"]
-
-
-def test_image_folder_run_resumes_with_workers(digit_folder, tmp_path, monkeypatch):
-    flags = [*FOLDER_TOY, "--data-path", str(digit_folder), "--num_workers", "2"]
+def test_image_folder_run_resumes_with_workers(digit_files, tmp_path, monkeypatch):
+    flags = [*FOLDER_TOY, "--data-path", str(digit_files), "--num_workers", "2"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     record = main([*flags, "--output_dir", str(whole)])
     assert record["test_acc5"] == pytest.approx(100)  # three classes: all of them
@@ -469,22 +457,22 @@ def test_image_folder_run_resumes_with_workers(digit_folder, tmp_path, monkeypat
     assert_same_run(broken, whole)
 
 
-def test_an_unknown_augmentation_policy_is_named(digit_folder):
+def test_an_unknown_augmentation_policy_is_named(digit_files):
     with pytest.raises(DataError, match="--aa 'nonsense' is not an augmentation policy"):
-        main([*FOLDER_TOY, "--data-path", str(digit_folder), "--num_workers", "0", "--aa", "nonsense"])
+        main([*FOLDER_TOY, "--data-path", str(digit_files), "--num_workers", "0", "--aa", "nonsense"])
 
 
-def test_classes_that_differ_are_named(digit_folder, tmp_path):
-    (tmp_path / "train").symlink_to(digit_folder / "train")
+def test_classes_that_differ_are_named(digit_files, tmp_path):
+    (tmp_path / "train").symlink_to(digit_files / "train")
     (tmp_path / "val").mkdir()
     for digit in range(2):
-        (tmp_path / "val" / f"digit {digit}").symlink_to(digit_folder / "val" / f"digit {digit}")
+        (tmp_path / "val" / f"digit {digit}").symlink_to(digit_files / "val" / f"digit {digit}")
     with pytest.raises(DataError, match="differ in their classes: digit 2"):
         main([*FOLDER_TOY, "--data-path", str(tmp_path), "--num_workers", "0"])
 
 
-def test_corrupt_image_ends_the_program_with_its_name(digit_folder, tmp_path, monkeypatch, capsys):
-    root = shutil.copytree(digit_folder, tmp_path / "data")
+def test_corrupt_image_ends_the_program_with_its_name(digit_files, tmp_path, monkeypatch, capsys):
+    root = shutil.copytree(digit_files, tmp_path / "data")
     (root / "train" / "digit 1" / "7.png").write_bytes(b"damaged")
     monkeypatch.setattr(sys, "argv", ["main.py", *FOLDER_TOY, "--data-path", str(root), "--num_workers", "1"])
     assert vim.main.cli() == 2

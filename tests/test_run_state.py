@@ -79,19 +79,19 @@ def test_random_generators_go_on_where_they_were(tmp_path):
 
 
 @pytest.mark.parametrize("number", Wishes.SIGNALS)
-def test_the_first_signal_is_a_wish_and_the_second_acts_as_before(number):
+def test_signals_are_wishes_while_listening(number):
     heard = []
-    before = signal.signal(number, lambda *_: heard.append("before"))
+    before = signal.signal(number, lambda *_: heard.append(number))
     try:
         wishes = Wishes(None)
         with wishes.listening():
             assert wishes() == (False, False)
-            os.kill(os.getpid(), number)
-            assert wishes() == (True, False) and heard == []
-            os.kill(os.getpid(), number)
-            assert heard == ["before"]
+            for _ in range(2):  # launchers send more than one
+                os.kill(os.getpid(), number)
+                assert wishes() == (True, False)
+        assert heard == []
         os.kill(os.getpid(), number)
-        assert heard == ["before"] * 2
+        assert heard == [number]
     finally:
         signal.signal(number, before)
 

@@ -4,7 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from vim.checkpoint import load_checkpoint
 from vim.main import main
@@ -20,6 +23,10 @@ BRIEF = ["--batch-size", "128", "--warmup-epochs", "1", "--lr", "2e-3", "--unsca
 STATEFUL = ["--mixup", "0.4", "--model-ema", "--model-ema-decay", "0.9", "--grad-accum-steps", "2",
             "--amp-dtype", "float16", "--batch-size", "64"]  # fmt: skip
 
+# Of files, as `digit_folder` makes them.
+FOLDER_TOY = [*TOY[:-1], "--input-size", "16", "--batch-size", "32", "--device", "cpu", "--epochs", "2",
+              "--no-model-ema"]  # fmt: skip
+
 TIMES = ("epoch_time_s", "images_per_s", "peak_memory_mb")
 FILES = {"checkpoint.pth", "best_checkpoint.pth", "log.txt", "config.yaml"}
 
@@ -30,6 +37,19 @@ def toy_flags(output: Path, *flags: str, epochs: int = 3) -> list[str]:
 
 def toy(output: Path, *flags: str, epochs: int = 3) -> dict:
     return main(toy_flags(output, *flags, epochs=epochs))
+
+
+def digit_folder(root: Path) -> Path:
+    """An ImageFolder of real images in `root`: the digits 0, 1 and 2 as PNG files."""
+    source = load_digits()
+    for digit in range(3):
+        images = source.images[source.target == digit]
+        for split, chosen in (("train", images[:40]), ("val", images[40:60])):
+            folder = root / split / f"digit {digit}"
+            folder.mkdir(parents=True)
+            for index, image in enumerate(chosen):
+                Image.fromarray((image * 15.9).astype(np.uint8)).save(folder / f"{index}.png")
+    return root
 
 
 def command(*argv: str) -> list[str]:

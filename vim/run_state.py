@@ -167,18 +167,18 @@ class Wishes:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take note of SIGTERM and SIGUSR1 instead of dying; a second one acts as it did before."""
+        """Take note of SIGTERM and SIGUSR1 instead of dying.
+
+        However often they come: srun and torchrun each send one to every process. SIGINT and SIGKILL work as ever.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may handle signals
             return
-        before = {number: signal.getsignal(number) for number in self.SIGNALS}
 
-        def note(number: int, _: Any) -> None:
+        def note(*_: Any) -> None:
             self.stop = True
-            signal.signal(number, before[signal.Signals(number)])
 
-        for number in self.SIGNALS:
-            signal.signal(number, note)
+        before = {number: signal.signal(number, note) for number in self.SIGNALS}
         try:
             yield
         finally:
