@@ -6,6 +6,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -221,6 +223,27 @@ def test_a_workers_death_names_its_image():
     source = ImageLoader(Deadly(), None, EpochOrder(1, train=False, seed=0, batch_size=1), num_workers=1)
     with pytest.raises(DataError, match=r"DataLoader worker .*; the image it took up last is file 0\. If memory"):
         next(iter(source))
+
+
+def test_workers_outlive_signals_but_not_the_main_process(photographs):
+    """Launchers signal every process of a run; the main one needs time to save. Its end must not wait for workers."""
+    program = f"""
+import multiprocessing, subprocess, time
+from vim.config import parse_args
+from vim.data import build_loader
+flags = {[*MODEL, "--data-path", str(photographs), "--num_workers", "2", "--batch-size", "2", "--input-size", "32"]}
+batches = iter(build_loader(parse_args(flags), train=True, channels=3))
+next(batches)
+for worker in multiprocessing.active_children():
+    for name in ("TERM", "USR1", "TERM"):
+        subprocess.run(["kill", "-s", name, str(worker.pid)], check=True)  # another process than the main one
+time.sleep(0.5)
+print(1 + len(list(batches)), "batches")
+raise SystemExit("left with the loader alive")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "10 batches\n", result.stderr
+    assert result.stderr.endswith("left with the loader alive\n") and result.returncode == 1
 
 
 def test_another_error_is_not_taken_for_a_workers_death(photographs):

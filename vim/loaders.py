@@ -14,6 +14,7 @@ import os
 import random
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -336,9 +337,19 @@ def _random_numbers(*numbers: int) -> Iterator[None]:
 
 
 def _outlive_signals(worker_id: int) -> None:
-    """In a worker: the main process decides what a signal to all of them means. A second SIGTERM ends the worker."""
+    """In a worker: what a signal to all processes of a run means, the main process decides, and needs time to save.
+
+    So SIGUSR1 is ignored, and SIGTERM unless it comes from the main process, which ends its workers that way.
+    """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parents_sigterm, daemon=True).start()
+
+
+def _end_with_parents_sigterm() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _dead_workers(error: RuntimeError) -> Sequence[int]:
