@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from trainer_runs import DIGITS, TOY, VIM, assert_same_run, toy, toy_flags
+from timm.data import create_transform
+from trainer_runs import DIGITS, FOLDER_TOY, TOY, VIM, assert_same_run, digit_folder, toy, toy_flags
 
+import vim.data
 import vim.main
 from mamba_ssm.ops.discretization_ref import METHODS
 from vim.config import REFUSED, ConfigError, build_parser, parse_args
+from vim.distributed import World
 from vim.main import main
 
 # Each flag, an example on the command line, and what it must become.
@@ -140,6 +143,21 @@ def test_every_flag_is_parsed(flag):
     assert getattr(build_parser().parse_args([flag, *text.split()]), all_flags()[flag].dest) == expected
 
 
+def test_every_flag_is_used_by_a_test():
+    """Beyond the table above: by a run, by a test of the data, or by a complaint. Other spellings count as one."""
+    own = Path(__file__)
+    sources = [path.read_text() for path in own.parent.glob("test_*.py") if path != own]
+    text = own.read_text()
+    sources.append(text[text.index("def test_every_flag_is_used_by_a_test") :])
+    words = set(re.findall(r"--[\w-]+", " ".join(sources)))
+    unused = [
+        action.option_strings
+        for action in build_parser()._actions
+        if not words & set(action.option_strings) and action.option_strings[0] not in REFUSED
+    ]
+    assert unused == []
+
+
 @pytest.mark.parametrize("flag", REFUSED)
 def test_refused_flags_say_why(flag):
     with pytest.raises(ConfigError, match=re.escape(f"{flag} is refused: {REFUSED[flag]}")):
@@ -187,6 +205,54 @@ def test_precision(flags, dtype):
 
 
 @pytest.mark.parametrize(
+    ("on", "off", "dest"),
+    [
+        ("--if_random_cls_token_position", "--no_random_cls_token_position", "if_random_cls_token_position"),
+        ("--if_random_token_rank", "--no_random_token_rank", "if_random_token_rank"),
+        ("--if_continue_inf", "--no_continue_inf", "if_continue_inf"),
+        ("--if_nan2num", "--no_nan2num", "if_nan2num"),
+    ],
+)
+def test_published_pairs_of_flags(on, off, dest):
+    assert getattr(parse_args([]), dest) is False
+    assert getattr(parse_args([off, on]), dest) is True
+    assert getattr(parse_args([on, off]), dest) is False
+
+
+def test_options_of_the_augmentation_reach_timm(tmp_path, monkeypatch):
+    """What tests/test_data.py leaves to timm: how images are resized, and what is erased from them."""
+    seen = {}
+
+    def noted(size, **options):
+        seen.update(options)
+        return create_transform(size, **options)
+
+    monkeypatch.setattr(vim.data, "create_transform", noted)
+    flags = ["--train-interpolation", "bilinear", "--remode", "const", "--recount", "3", "--reprob", "0.5"]
+    data = digit_folder(tmp_path)
+    args = parse_args([*FOLDER_TOY, "--input-size", "40", "--data-path", str(data), "--num_workers", "0", *flags])
+    vim.data.build_loader(args, train=True, channels=3)
+    assert (seen["interpolation"], seen["re_mode"], seen["re_count"], seen["re_prob"]) == ("bilinear", "const", 3, 0.5)
+
+
+def test_pinned_memory_is_for_gpus(monkeypatch):
+    seen, build = [], vim.main.build_loader
+
+    def noted(args, **options):
+        seen.append(options["pin_memory"])
+        return build(args, **options)
+
+    monkeypatch.setattr(vim.main, "build_loader", noted)
+    args = parse_args([*TOY, *DIGITS, "--pin-mem"])
+    for device, pinned in (("cpu", False), ("cuda", True)):
+        vim.main._build_loader(args, World(torch.device(device)), train=False)
+        assert seen.pop() is pinned
+    args = parse_args([*TOY, *DIGITS, "--no-pin-mem"])
+    vim.main._build_loader(args, World(torch.device("cuda")), train=False)
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
@@ -215,6 +281,7 @@ def test_precision(flags, dtype):
         (["--batch-size", "3"], "mixup and cutmix need an even one"),
         (["--bce-loss"], "--bce-loss has targets of 0 and 1, not smoothed by 0.1: add --smoothing 0"),
         (["--cutmix-minmax", "0.5", "0.1"], "--cutmix-minmax: the smallest box comes first"),
+        (["--opt-betas", "0.9"], "--opt-betas takes two numbers"),
         (["--lr-noise", "0.9", "0.1"], "--lr-noise takes one or two rising fractions"),
         (["--distillation-type", "soft"], "--distillation-type soft needs --teacher-path"),
         (["--eval"], "--eval needs --resume"),

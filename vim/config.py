@@ -310,6 +310,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
          f"--bce-loss has targets of 0 and 1, not smoothed by {args.smoothing:g}: add --smoothing 0"),
         (args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1],
          "--cutmix-minmax: the smallest box comes first"),
+        (args.opt_betas and len(args.opt_betas) < 2, "--opt-betas takes two numbers, for some optimizers three"),
         (args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)),
          "--lr-noise takes one or two rising fractions: where noise begins, and where it ends"),
         (args.distillation_type != "none" and not args.teacher_path,
