@@ -330,6 +330,17 @@ def test_steps_far_beyond_the_decay_time(method):
 
 
 @needs_kernel
+@every_method
+@pytest.mark.parametrize("bias", [-7.0, -4.0, -2.0])
+def test_steps_short_of_the_decay_time(bias, method):
+    """|x| from 1e-4 to a few: where the kernels' closed forms subtract, and where they choose between forms."""
+    inputs = make_inputs(channels=32, length=65, states=6)
+    inputs["A"] = -torch.logspace(-0.5, 1.5, 192).view(32, 6)
+    inputs["delta_bias"].fill_(bias)
+    compare(inputs, method)
+
+
+@needs_kernel
 def test_bilinear_at_its_pole():
     inputs = make_inputs(channels=17)
     out = selective_scan_fn(**inputs, discretization_method="bilinear")

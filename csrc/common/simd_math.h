@@ -28,6 +28,12 @@ struct Exp2 {
   vfloat minus_one;
 };
 
+// 2^z and 2^z − 1 − z ln 2, the latter to full relative accuracy near z = 0.
+struct Exp2Second {
+  vfloat value;
+  vfloat second;
+};
+
 #if MAMBA_SSM_LANES == 16
 // 2^z = 2^(k/16) 2^f with |f| <= 1/32: a table of 16 powers (and of their rounding errors), and a cubic for 2^f − 1.
 // Half of the operations are shuffles, additions and scalings, which run beside the multiply-adds of the scan.
@@ -65,6 +71,25 @@ MAMBA_SSM_INLINE vfloat exp2(vfloat z) {
       (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)lookup(kPowers, shifted), (__m512)(shifted - kRound));
   return power * p + power;
 }
+
+// The rounding errors of 2^(k/16) for k = 0 … 7 and −8 … −1, the order of k's low four bits.
+alignas(64) constexpr float kPowerErrorsNearOne[16] = {
+    0.0f,      4.833e-08f, -1.308e-08f, 5.386e-08f, 3.798e-08f,  4.497e-08f,  -4.019e-08f, -1.012e-08f,
+    1.21e-08f, -2.25e-08f, 4.035e-09f,  4.918e-09f, -1.238e-08f, -4.618e-09f, -5.62e-09f,  4.923e-09f};
+
+// With 2^f = 1 + f (ln 2 + f R(f)):
+//     2^z − 1 − z ln 2 = (2^(k/16) − 1 − k/16 ln 2) + f (ln 2 (2^(k/16) − 1) + 2^(k/16) f R(f)).
+// Where the first part is small, 2^(k/16) is taken with its rounding error, so that nothing is lost.
+MAMBA_SSM_INLINE Exp2Second exp2_and_second(vfloat z) {
+  constexpr float kRound = 786432.0f, kLn2 = 0.693147181f;
+  const vfloat shifted = z + kRound, k = shifted - kRound;
+  const vfloat f = (vfloat)_mm512_maskz_reduce_ps(0xffff, (__m512)z, 4 << 4);
+  const vfloat fR = ((0.00961816683f * f + 0.0555050857f) * f + 0.240226507f) * f;
+  const vfloat power = (vfloat)_mm512_maskz_scalef_ps(0xffff, (__m512)lookup(kPowers, shifted), (__m512)k);
+  const vfloat less = power - 1.0f;
+  const vfloat first = (less + lookup(kPowerErrorsNearOne, shifted)) - k * kLn2;
+  return {power * ((fR + kLn2) * f) + power, (power * fR + less * kLn2) * f + first};
+}
 #else
 // 2^z = 2^k 2^f with |f| <= 1/2: a degree-6 minimax polynomial for 2^f − 1, and k into the exponent.
 MAMBA_SSM_INLINE Exp2 exp2_and_minus_one(vfloat z) {
@@ -83,6 +108,22 @@ MAMBA_SSM_INLINE Exp2 exp2_and_minus_one(vfloat z) {
   return {power * p + power, power * p + (power - 1.0f)};
 }
 MAMBA_SSM_INLINE vfloat exp2(vfloat z) { return exp2_and_minus_one(z).value; }
+// With 2^f = 1 + f (ln 2 + f R(f)): 2^z − 1 − z ln 2 = (2^k − 1 − k ln 2) + f (ln 2 (2^k − 1) + 2^k f R(f)).
+MAMBA_SSM_INLINE Exp2Second exp2_and_second(vfloat z) {
+  constexpr float kRound = 12582912.0f, kLn2 = 0.693147181f;
+  z = clamp(z, -126.0f, 127.9f);
+  const vfloat shifted = z + kRound, k = shifted - kRound;
+  const vfloat f = z - k;
+  vfloat fR = splat(1.54531153e-4f);
+  fR = fR * f + 1.33336021e-3f;
+  fR = fR * f + 9.61808302e-3f;
+  fR = fR * f + 5.55041097e-2f;
+  fR = fR * f + 0.240226507f;
+  fR = fR * f;
+  const vfloat power = bit_cast<vfloat>((bit_cast<vint>(shifted) << 23) + (127 << 23));
+  const vfloat less = power - 1.0f;
+  return {power * ((fR + kLn2) * f) + power, (power * fR + less * kLn2) * f + (less - k * kLn2)};
+}
 #endif
 
 // Arguments below −87 are taken as −87, where e^-x is still finite and both functions are 0 to 1e-35.

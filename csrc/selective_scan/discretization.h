@@ -72,6 +72,31 @@ MAMBA_SSM_HD Exponential<V> exponential2_and_minus_one(V z) {
 #endif
 }
 
+// 2^z and 2^z − 1 − z ln 2, the latter to full relative accuracy near z = 0.
+template <class V>
+struct ExponentialSecond {
+  V value;
+  V second;
+};
+template <class V>
+MAMBA_SSM_HD ExponentialSecond<V> exponential2_and_second(V z) {
+#if defined(MAMBA_SSM_ISA)
+  const auto e = MAMBA_SSM_ISA::exp2_and_second(z);
+  return {e.value, e.second};
+#else
+  const V k = rintf(z);
+  const V f = z - k;
+  V fR = 1.54531153e-4f;
+  fR = fR * f + 1.33336021e-3f;
+  fR = fR * f + 9.61808302e-3f;
+  fR = fR * f + 5.55041097e-2f;
+  fR = fR * f + 0.240226507f;
+  fR = fR * f;
+  const V power = exp2f(k), less = power - 1.0f;
+  return {exp2f(z), (power * fR + less * kLn2) * f + (less - k * kLn2)};
+#endif
+}
+
 // p_k = Δ^k φ_k(x) for k = 1 … Count, for every A and x <= 0: near 0 by the series of φ_k, elsewhere by
 // p_{k+1} = (p_k − Δ^k/k!) / A, which is stable there. e1 is e^x − 1.
 template <class V>
@@ -221,14 +246,19 @@ struct HoldSeries {
   }
 };
 
-// The same for |A| >= 0.5, where no series is needed: then 1/A, 1/A² and 1/A³ are of one size, and in
-//   c = (a1 + a2 + a3)(e^x − 1) − x (a2 + a3 + x a3 / 2),   a_k = w_k / A^k,
-// what cancels is small beside c. Kernels use this forward where all their A allow it, and `AnyA` elsewhere.
+// The same for |A| >= 0.5, where no series is needed: then 1/A, 1/A² and 1/A³ are of one size. With a_k = w_k / A^k and
+// e_k = e^x − Σ_{j<k} x^j/j!, that is p_k = e_k / A^k, all of it is made of one remainder, and what cancels is small
+// beside the result:
+//     c     = (a1 + a2 + a3) e1 − x (a2 + a3 + x a3 / 2)
+//     ∂c/∂Δ = w1 + x (w1 + w2/A) + e2 (w1 + w2/A + w3/A²)
+//     ∂c/∂A = e2 (x (q1 + q2 + q3) − (q1 + 2 q2 + 3 q3)) + x² (q1 + q2 + 3/2 q3),    q_k = w_k / A^(k+1)
+// The derivatives are for |x| <= 4: far out, e2 is as large as x, and they are not.
+// Kernels use this where all their A, for derivatives all their x too, allow it, and `AnyA` elsewhere.
 template <int W1, int W2, int W3>
 struct Hold : HoldSeries<W1, W2, W3> {
   using AnyA = HoldSeries<W1, W2, W3>;
-  static_assert(W1 != 0, "without a1 the two parts of c cancel for small x");
-  static constexpr float kSmallestA = 0.5f;
+  static_assert(W1 != 0, "without a1 the parts of c cancel for small x");
+  static constexpr float kSmallestA = 0.5f, kLargestX = 4.0f;
   template <class V>
   struct Coefficients {
     V rate;     // A log2 e
@@ -254,6 +284,38 @@ struct Hold : HoldSeries<W1, W2, W3> {
     }
     return {e.value, c};
   }
+  // c = e2 c_second + z (c_linear − z c_squared), and so on; in z = x log2 e, which takes up the powers of ln 2.
+  template <class V>
+  struct GradientCoefficients {
+    V rate;
+    V c_second, c_linear, c_squared;
+    V delta_second, delta_linear;
+    V A_second, A_mixed, A_squared;
+  };
+  template <class V>
+  static MAMBA_SSM_HD GradientCoefficients<V> prepare_gradient(V A) {
+    const V i = constant<V>(1.0f) / A;
+    const V a1 = i * (W1 / 6.0f), a2 = (i * i) * (W2 / 6.0f), a3 = (i * i * i) * (W3 / 6.0f);
+    const V q1 = a1 * i, q2 = a2 * i, q3 = a3 * i;
+    return {A * kLog2e,
+            a1 + a2 + a3,
+            a1 * kLn2,
+            a3 * (0.5f * kLn2 * kLn2),
+            (a1 + a2 + a3) * A,
+            (a1 + a2) * A * kLn2,
+            q1 + q2 * 2.0f + q3 * 3.0f,
+            (q1 + q2 + q3) * kLn2,
+            (q1 + q2 + q3 * 1.5f) * (kLn2 * kLn2)};
+  }
+  template <class V>
+  static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, const GradientCoefficients<V>& k) {
+    const V z = delta * k.rate;
+    const ExponentialSecond<V> e = exponential2_and_second(z);
+    const V linear = W3 != 0 ? k.c_linear - z * k.c_squared : k.c_linear;
+    return {e.value, e.value, e.second * k.c_second + z * linear,
+            e.second * k.delta_second + (z * k.delta_linear + W1 / 6.0f),
+            e.second * (z * k.A_mixed - k.A_second) + (z * z) * k.A_squared};
+  }
 };
 
 // The form of a method that holds for every A: the method itself, or its AnyA.
@@ -269,31 +331,61 @@ struct AnyAOf<Method> {
 template <class Method>
 using ForAnyA = typename AnyAOf<Method>::type;
 
-// First-order hold as the paper defines it:  c = Δ² φ2(x) = A⁻²(e^x − 1 − x). Without a term in φ1 the closed form
-// loses 1e-7/|x| of its value, so its form for |A| >= 0.5 takes the series where |x| < 0.05; both are then good to
-// 5e-6.
+// What `gradient` takes besides Δ: the method's coefficients, unless its gradient wants some of its own.
+template <class Method, class V>
+MAMBA_SSM_HD auto gradient_coefficients(V A) {
+  if constexpr (requires { Method::prepare_gradient(A); }) {
+    return Method::prepare_gradient(A);
+  } else {
+    return Method::prepare(A);
+  }
+}
+
+// First-order hold as the paper defines it:  c = Δ² φ2(x) = A⁻²(e^x − 1 − x) = A⁻² e2.
+// Its form for |A| >= 0.5 has ∂c/∂Δ = (e2 + x)/A and ∂c/∂A = A⁻³ (e2 (x − 2) + x²) = Δ³ Σ_j x^j (j + 1)/(j + 3)!, the
+// sum where |x| < 0.4.
 struct Foh : HoldSeries<0, 6, 0> {
   static constexpr const char* name = "foh";
   using AnyA = HoldSeries<0, 6, 0>;
-  static constexpr float kSmallestA = 0.5f;
+  static constexpr float kSmallestA = 0.5f, kLargestX = 4.0f;
   template <class V>
   struct Coefficients {
-    V rate;    // A log2 e
-    V all;     // 1/A²
-    V linear;  // of z = x log2 e: ln 2 / A²
-    V near;    // Δ² where |x| = 0.05
+    V rate;     // A log2 e
+    V squared;  // 1/A²
   };
   template <class V>
   static MAMBA_SSM_HD Coefficients<V> prepare(V A) {
-    const V inverse = constant<V>(1.0f) / A, all = inverse * inverse;
-    return {A * kLog2e, all, all * kLn2, all * 0.0025f};
+    const V inverse = constant<V>(1.0f) / A;
+    return {A * kLog2e, inverse * inverse};
   }
   template <class V>
   static MAMBA_SSM_HD Transition<V> forward(V delta, const Coefficients<V>& k) {
-    const V z = delta * k.rate, delta2 = delta * delta;
-    const Exponential<V> e = exponential2_and_minus_one(z);
-    const V series = delta2 * ((z * (kLn2 * kLn2 / 24) + kLn2 / 6) * z + 0.5f);
-    return {e.value, delta2 < k.near ? series : e.minus_one * k.all - z * k.linear};
+    const ExponentialSecond<V> e = exponential2_and_second(delta * k.rate);
+    return {e.value, e.second * k.squared};
+  }
+  template <class V>
+  struct GradientCoefficients {
+    V A, rate;
+    V inverse, squared, cubed;  // powers of 1/A
+  };
+  template <class V>
+  static MAMBA_SSM_HD GradientCoefficients<V> prepare_gradient(V A) {
+    const V inverse = constant<V>(1.0f) / A;
+    return {A, A * kLog2e, inverse, inverse * inverse, inverse * inverse * inverse};
+  }
+  template <class V>
+  static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, const GradientCoefficients<V>& k) {
+    const V x = delta * k.A;
+    const ExponentialSecond<V> e = exponential2_and_second(delta * k.rate);
+    V sum = constant<V>(1.48809524e-4f);
+    sum = sum * x + 9.92063492e-4f;
+    sum = sum * x + 5.55555556e-3f;
+    sum = sum * x + 0.025f;
+    sum = sum * x + 0.0833333333f;
+    sum = sum * x + 0.166666667f;
+    const V x2 = x * x;
+    const V scaled = (x < 0.4f) & (x > -0.4f) ? (x2 * x) * sum : e.second * (x - 2.0f) + x2;
+    return {e.value, e.value, e.second * k.squared, (e.second + x) * k.inverse, scaled * k.cubed};
   }
 };
 // Polynomial interpolation:  c = Δ φ1 + ½ Δ² φ2.

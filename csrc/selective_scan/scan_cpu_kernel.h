@@ -67,12 +67,12 @@ MAMBA_SSM_ONCE void load_rows(const Activation& a, const Block& block, const Chu
   }
 }
 
-// The rows of one activation that will be loaded next, asked for one by one while the scan computes. Channel-last rows
-// lie a page apart, where no hardware prefetcher follows; the other layouts need no help.
+// The rows of one activation that will be read or written next, asked for one by one while the scan computes.
+// Channel-last rows lie a page apart, where no hardware prefetcher follows; the other layouts need no help.
 struct NextRows {
   const char* first = nullptr;
   std::int64_t stride = 0;  // bytes
-  MAMBA_SSM_INLINE void prefetch(int step) const { __builtin_prefetch(first + step * stride); }
+  MAMBA_SSM_INLINE void prefetch(int step) const { __builtin_prefetch(first + step * stride, 0, 2); }
 };
 MAMBA_SSM_INLINE NextRows next_rows(const Activation& a, const Block& block, const Chunk& chunk) {
   if (a.data == nullptr || a.channel != 1) return {};
@@ -110,8 +110,8 @@ MAMBA_SSM_ONCE void store_rows(const Activation& a, const Block& block, const Ch
 
 // A chunk's rows of an activation: in place where they are fp32, channel-last and full, else in a buffer.
 struct RowView {
-  float* data;
-  std::int64_t stride;
+  float* data = nullptr;
+  std::int64_t stride = 0;
   MAMBA_SSM_INLINE vfloat read(int step) const { return load(data + step * stride); }
   MAMBA_SSM_INLINE void write(int step, vfloat v) const { store(data + step * stride, v); }
 };
@@ -126,11 +126,6 @@ MAMBA_SSM_INLINE RowView read_view(const Activation& a, const Block& block, cons
   if (readable_in_place(a, block)) return in_place(a, block, chunk);
   load_rows(a, block, chunk, buffer);
   return {buffer, kLanes};
-}
-MAMBA_SSM_ONCE void copy_rows(const Activation& a, const Block& block, const Chunk& chunk, float* rows) {
-  const RowView view = read_view(a, block, chunk, rows);
-  if (view.data == rows) return;
-  for (int t = 0; t < chunk.steps; ++t) store(rows + t * kLanes, view.read(t));
 }
 // Write all rows of the view, then finish_writing.
 MAMBA_SSM_INLINE RowView write_view(const Activation& a, const Block& block, const Chunk& chunk, float* buffer) {
@@ -398,8 +393,8 @@ MAMBA_SSM_ONCE void forward_block(const ScanParams& p, ScanStates scan, const Bl
           state,
           matrix_rows(p.B, p, block, group, chunk, scratch.B),
           matrix_rows(p.C, p, block, group, chunk, scratch.C),
-          {next_rows(p.delta, next_block, next), next_rows(p.u, next_block, next),
-           next_rows(p.addend, next_block, next), next_rows(p.z, block, chunk)}},
+          {p.delta_weight == nullptr ? next_rows(p.delta, next_block, next) : next_rows(p.out, block, chunk),
+           next_rows(p.u, next_block, next), next_rows(p.addend, next_block, next), next_rows(p.z, block, chunk)}},
          p.states, chunk.steps);
     const RowView out = write_view(p.out, block, chunk, y);
     if (p.z.data == nullptr) {
@@ -471,30 +466,29 @@ struct BackwardRows {
     float* c_delta;
     float* c_A;
   } state[kAdjointUnroll];
-  NextRows next[4];
+  NextRows next[8];
 };
 
 // `Unroll` neighbouring states over a chunk: their values again from the one before the chunk, then the adjoint from
 // the last step to the first.
 template <class Method, int Unroll, bool ConstantB, bool ConstantC>
 void adjoint_states(const BackwardRows& rows, std::int64_t n, int steps) {
-  using Adjoint = ForAnyA<Method>;
   const float* __restrict delta = rows.delta;
   const float* __restrict u = rows.u;
   const float* __restrict dy = rows.dy;
   float* __restrict y = rows.y;
   float* __restrict du = rows.du;
   float* __restrict ddelta = rows.ddelta;
-  const NextRows next = rows.next[n / Unroll % 4];
+  const NextRows next = rows.next[n / Unroll % 8];
   BackwardRows::State s[Unroll];
-  decltype(Adjoint::prepare(vfloat{})) k[Unroll];
+  decltype(gradient_coefficients<Method>(vfloat{})) k[Unroll];
   StateColumn<ConstantB> B[Unroll];
   StateColumn<ConstantC> C[Unroll];
   vfloat A[Unroll], h[Unroll], carried[Unroll], dA[Unroll];
   for (int j = 0; j < Unroll; ++j) {
     s[j] = rows.state[j];
     A[j] = load(rows.A + (n + j) * kLanes);
-    k[j] = Adjoint::prepare(A[j]);
+    k[j] = gradient_coefficients<Method>(A[j]);
     B[j] = StateColumn<ConstantB>(rows.B, n + j);
     C[j] = StateColumn<ConstantC>(rows.C, n + j);
     h[j] = load(s[j].h - kLanes);
@@ -508,7 +502,7 @@ void adjoint_states(const BackwardRows& rows, std::int64_t n, int steps) {
     next.prefetch(t);
     vfloat sum{};
     for (int j = 0; j < Unroll; ++j) {
-      const auto step = Adjoint::gradient(delta_t, k[j]);
+      const auto step = Method::gradient(delta_t, k[j]);
       h[j] = step.a_bar * h[j] + (step.c * u_t) * B[j][t];
       sum += C[j][t] * h[j];
       store(s[j].h + i, h[j]);
@@ -560,10 +554,22 @@ void adjoint_states(const BackwardRows& rows, std::int64_t n, int steps) {
   }
 }
 using AdjointStates = void (*)(const BackwardRows&, std::int64_t n, int steps);
-// The loops for one state and for kAdjointUnroll of them.
+// The loops for one state and for kAdjointUnroll of them; `fast` is for |A| >= smallest_A and |x| <= largest_x.
 struct AdjointLoops {
-  AdjointStates one, unrolled;
+  AdjointStates one, unrolled, fast;
+  float smallest_A, largest_x;
   bool input_is_delta;
+  // For `count` rows of A and the largest |Δ| of each lane.
+  MAMBA_SSM_INLINE AdjointStates choose(const float* A, int count, const float* largest_delta) const {
+    if (count == 1) return one;
+    if (fast == unrolled || !all_at_least(A, count, smallest_A)) return unrolled;
+    bool all = true;
+    for (int i = 0; i < count * kLanes; ++i) {
+      const float x = A[i] * largest_delta[i % kLanes];
+      all &= x >= -largest_x && x <= largest_x;
+    }
+    return all ? fast : unrolled;
+  }
 };
 
 MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, const AdjointLoops& loops,
@@ -600,17 +606,19 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
   for (std::int64_t index = chunk_count(p) - 1; index >= 0; --index) {
     const Chunk chunk = chunk_at(p, index * p.chunk);
     apply_delta_rule(p, bias, chunk.steps, delta_view(p, block, chunk, scratch, delta), delta, softplus_slope);
-    copy_rows(p.u, block, chunk, u);
-    copy_rows(g.dout, block, chunk, dy);
-    if (gated) copy_rows(p.z, block, chunk, dz);
-    vfloat chunk_dD{}, chunk_dbias{};
+    const RowView u_view = read_view(p.u, block, chunk, u), dout = read_view(g.dout, block, chunk, dy);
+    const RowView z_view = gated ? read_view(p.z, block, chunk, dz) : RowView{};
+    vfloat chunk_dD{}, chunk_dbias{}, largest{};
     for (int t = 0; t < chunk.steps; ++t) {
       const std::int64_t i = t * kLanes;
-      const vfloat u_t = load(u + i);
-      vfloat gradient = load(dy + i) * p.scale;
+      const vfloat step = abs(load(delta + i));
+      largest = step > largest ? step : largest;
+      const vfloat u_t = u_view.read(t);
+      vfloat gradient = dout.read(t) * p.scale;
+      store(u + i, u_t);
       if (gated) {
-        const vfloat z = at_least(load(dz + i), -87.0f), s = sigmoid(z);  // below, silu is 0
-        store(dz + i, gradient * silu_slope(z, s));                       // but for the factor y
+        const vfloat z = at_least(z_view.read(t), -87.0f), s = sigmoid(z);  // below, silu is 0
+        store(dz + i, gradient * silu_slope(z, s));                         // but for the factor y
         gradient *= z * s;
         store(y + i, skip * u_t);
       }
@@ -620,13 +628,16 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
       store(ddelta + i, vfloat{});
     }
 
+    float largest_delta[kLanes];
+    store(largest_delta, largest);
+
     rows.B = matrix_rows(p.B, p, block, group, chunk, scratch.B);
     rows.C = matrix_rows(p.C, p, block, group, chunk, scratch.C);
     const Block next_block{block.batch, index == 0 ? block.channel + kLanes : block.channel, kLanes};
     const Chunk next = chunk_at(p, (index == 0 ? chunk_count(p) - 1 : index - 1) * p.chunk);
     int i = 0;
-    for (const Activation& a : {p.delta_weight == nullptr ? p.delta : g.dz_addend, p.u, g.dout, p.z})
-      rows.next[i++] = next_rows(a, next_block, next);
+    for (const Activation& a : {p.delta, p.u, g.dout, p.z}) rows.next[i++] = next_rows(a, next_block, next);
+    for (const Activation& a : {g.du, g.ddelta, g.dz, g.dz_addend}) rows.next[i++] = next_rows(a, block, chunk);
     const std::int64_t sums = ((block.batch * p.groups + group) * g.splits + split) * p.states * p.length;
     for (std::int64_t n = 0; n < p.states;) {
       const int count = p.states - n >= kAdjointUnroll ? kAdjointUnroll : 1;
@@ -634,7 +645,7 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
         const float* before = checkpoint(p, block, index, n + j);
         store(rows.state[j].h - kLanes, load_elements(before, 0, Dtype::f32, block.count));
       }
-      (count == 1 ? loops.one : loops.unrolled)(rows, n, chunk.steps);
+      loops.choose(A + n * kLanes, count, largest_delta)(rows, n, chunk.steps);
       for (int j = 0; j < count; ++j, ++n) {
         const RowProduct for_B{rows.state[j].g, rows.state[j].c, u}, for_C{rows.state[j].h, dy, nullptr};
         if (p.B.constant) {
@@ -650,24 +661,26 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
       }
     }
 
+    const RowView ddelta_out = write_view(g.ddelta, block, chunk, ddelta);
     for (int t = 0; t < chunk.steps; ++t) {
-      const std::int64_t i = t * kLanes;
-      const vfloat gradient = load(ddelta + i) * load(softplus_slope + i);
+      const vfloat gradient = load(ddelta + t * kLanes) * load(softplus_slope + t * kLanes);
       chunk_dbias += gradient;
-      store(ddelta + i, gradient);
+      ddelta_out.write(t, gradient);
     }
+    finish_writing(g.ddelta, block, chunk, ddelta_out);
     dD += chunk_dD;
     dbias += chunk_dbias;
-    if (gated) {
-      for (int t = 0; t < chunk.steps; ++t) store(dz + t * kLanes, load(dz + t * kLanes) * load(y + t * kLanes));
-      if (g.dz_addend.data != nullptr) {
-        const RowView addend = read_view(g.dz_addend, block, chunk, y);
-        for (int t = 0; t < chunk.steps; ++t) store(dz + t * kLanes, load(dz + t * kLanes) + addend.read(t));
-      }
-      store_rows(g.dz, block, chunk, dz);
-    }
     store_rows(g.du, block, chunk, du);
-    store_rows(g.ddelta, block, chunk, ddelta);
+    if (gated) {
+      const bool has_addend = g.dz_addend.data != nullptr;
+      const RowView addend = has_addend ? read_view(g.dz_addend, block, chunk, dy) : RowView{};
+      const RowView dz_out = write_view(g.dz, block, chunk, dz);
+      for (int t = 0; t < chunk.steps; ++t) {
+        const vfloat gradient = load(dz + t * kLanes) * load(y + t * kLanes);
+        dz_out.write(t, has_addend ? gradient + addend.read(t) : gradient);
+      }
+      finish_writing(g.dz, block, chunk, dz_out);
+    }
   }
   store_states(g.dinitial_state + batch_offset, p.states, block, carried);
   store_states(g.dA + batch_offset, p.states, block, dA);
@@ -688,7 +701,17 @@ struct MethodLoops {
 };
 template <class Method, bool ConstantB, bool ConstantC>
 constexpr AdjointLoops adjoint_loops() {
-  return {adjoint_states<Method, 1, ConstantB, ConstantC>, adjoint_states<Method, kAdjointUnroll, ConstantB, ConstantC>,
+  using Any = ForAnyA<Method>;
+  float smallest_A = 0.0f, largest_x = 0.0f;
+  if constexpr (!std::is_same_v<Method, Any>) {
+    smallest_A = Method::kSmallestA;
+    largest_x = Method::kLargestX;
+  }
+  return {adjoint_states<Any, 1, ConstantB, ConstantC>,
+          adjoint_states<Any, kAdjointUnroll, ConstantB, ConstantC>,
+          adjoint_states<Method, kAdjointUnroll, ConstantB, ConstantC>,
+          smallest_A,
+          largest_x,
           Method::kInputIsDelta};
 }
 template <class Method>
