@@ -281,7 +281,11 @@ def vim(img_size, *, seed: int = 7, **options) -> VisionMamba:
     return fill(VisionMamba(img_size=img_size, **{**SMALL, **options}).eval(), seed)
 
 
-def published(model: nn.Module, **args) -> dict:
+# As an early version of the published code called its vim_tiny, which timm does not know.
+PUBLISHED_NAME = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2"
+
+
+def published(model: nn.Module) -> dict:
     """What the published trainer wrote: more than the weights, and its arguments as a Namespace."""
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(1, 3, *model.patch_embed.img_size)).sum().backward()
@@ -295,7 +299,7 @@ def published(model: nn.Module, **args) -> dict:
         "lr_scheduler": {"t_initial": 300, "base_values": [1e-3], "noise_pct": 0.67},
         "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 0},
         "epoch": 299,
-        "args": argparse.Namespace(model="vim_tiny_patch16_224", input_size=224, lr=1e-3, opt_betas=None, **args),
+        "args": argparse.Namespace(model=PUBLISHED_NAME, input_size=224, lr=1e-3, opt_betas=None),
     }
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from photographs import photograph_folder
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_digits
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import datasets
 
@@ -50,17 +51,7 @@ def ranks(*flags: str, world_size: int = 2, train: bool = True, channels: int = 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    """An ImageFolder of real images: crops of scikit-learn's two photographs, one class each."""
-    root = tmp_path_factory.mktemp("photographs")
-    rng = np.random.default_rng(0)
-    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
-        for split, count in (("train", 10), ("val", 5)):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                top, left = rng.integers(0, photograph.shape[0] - 80), rng.integers(0, photograph.shape[1] - 90)
-                Image.fromarray(photograph[top : top + 80, left : left + 90]).save(folder / f"{index}.jpg")
-    return root
+    return photograph_folder(tmp_path_factory.mktemp("photographs"))
 
 
 def image_folder(root: Path, *flags: str, train: bool = True):

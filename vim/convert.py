@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import Tensor
 
+import vim.models_mamba  # noqa: F401, registers the Vision Mamba models with timm
 from vim.checkpoint import CheckpointError, load_checkpoint, model_state, save_weights
 
 # What decides what the weights compute, and where they come from.
@@ -39,6 +41,8 @@ def _description(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     stored = checkpoint.get("args") or {}
     args = vars(stored) if isinstance(stored, argparse.Namespace) else stored
     known = {name: value for name, value in checkpoint.items() if name == "epoch"} | args
+    if not timm.is_model(known.get("model", "")):  # an old name: nothing to compare with
+        known.pop("model", None)
     return {name: known[name] for name in _KEPT if name in known}
 
 
