@@ -305,22 +305,40 @@ def test_death_between_any_two_writes_costs_nothing(unbroken, tmp_path, monkeypa
     assert_same_run(tmp_path, unbroken)
 
 
-def test_kill_in_mid_epoch_and_resume(tmp_path):
-    flags = [*VIM, *DIGITS, *BRIEF, "--epochs", "3", "--drop-path", "0.1", "--resume", "auto", "--output_dir"]
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    victim = subprocess.Popen(command(*flags, str(broken)), stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize("method", ["zoh", "bilinear"])
+def test_from_pretraining_to_evaluation(tmp_path, method, capsys):
+    """Pretrain, be killed in mid-epoch, go on, fine-tune at twice the resolution and half the stride, evaluate."""
+    broken, whole, tuned = tmp_path / "broken", tmp_path / "whole", tmp_path / "tuned"
+    common = [*DIGITS, "--discretization-method", method, "--batch-size", "64", "--drop-path", "0.1", "--unscale-lr"]
+    pretrain = [*VIM, *common, "--lr", "8e-3", "--warmup-epochs", "1", "--epochs", "4", "--checkpoint-steps", "3"]
+    resume = [*pretrain, "--resume", "auto", "--output_dir"]
+    victim = subprocess.Popen(command(*resume, str(broken)), stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while not (broken / "checkpoint.pth").exists() and victim.poll() is None and time.monotonic() < deadline:
+        while not (broken / "log.txt").exists() and victim.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        time.sleep(0.05)
+        time.sleep(0.1)
     finally:
         victim.kill()
     assert victim.wait() == -signal.SIGKILL
-    assert 1 <= len(read_log(broken)) < 3
-    main([*flags, str(broken)])
-    main([*flags, str(whole)])
+    assert 1 <= len(read_log(broken)) < 4
+    main([*resume, str(broken)])
+    pretrained = main([*resume, str(whole)])
     assert_same_run(broken, whole)
+
+    finetune = [*VIM[:2], "--model-kwargs", "patch_size=4", "stride=2", "depth=2", "embed_dim=32", "channels=1"]
+    finetune += [*common, "--input-size", "16", "--lr", "2e-3", "--warmup-epochs", "0", "--epochs", "1"]
+    from_weights = [*finetune, "--finetune", str(broken / "checkpoint.pth"), "--output_dir", str(tuned)]
+    record = main(from_weights)
+    assert "position embedding resampled from 2×2 to 7×7 patches" in capsys.readouterr().out
+    assert pretrained["test_acc1"] > 70 and record["test_acc1"] > 40  # chance is 10
+    name = "layers.0.mixer.in_proj.weight"
+    before, after = (load_checkpoint(folder / "checkpoint.pth")["model"][name].flatten() for folder in (broken, tuned))
+    assert not torch.equal(before, after) and torch.cosine_similarity(before, after, dim=0) > 0.9
+    scores = main([*finetune, "--eval", "--resume", str(tuned / "checkpoint.pth")])
+    assert scores["test_acc1"] == pytest.approx(record["test_acc1"])
+    # A fine-tuning run that died goes on from its own checkpoint, not from the weights it began with.
+    assert main([*from_weights, "--resume", "auto"]) == record
 
 
 def test_resume_auto_of_a_finished_run_changes_nothing(unbroken, tmp_path):
