@@ -508,6 +508,27 @@ def test_a_number_of_classes_that_is_not_the_data_sets_is_refused(photographs):
         image_folder(photographs, "--num-classes", "3")
 
 
+@pytest.mark.parametrize("scheme", ["hfds", "hfids"])
+def test_hub_data_sets(photographs, tmp_path, monkeypatch, scheme):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    flags = ["--data-set", f"{scheme}/{photographs}", "--data-path", str(tmp_path)]  # the path is only a cache
+    flags += ["--num_workers", "1", "--batch-size", "4", "--input-size", "32"]
+    classes = ["china", "flower"]
+    if scheme == "hfids":  # of a folder, neither the images nor the classes are counted ahead
+        with pytest.raises(DataError, match=r"split train: .*length is unknown"):
+            loader(*flags)
+        flags += ["--train-split", "train|20", "--val-split", "validation|10", "--num-classes", "2"]
+        classes = ["0", "1"]
+    train, held_out = loader(*flags), loader(*flags, train=False)
+    assert train.classes == held_out.classes == classes
+    images, labels = batches(train, epoch=1)
+    assert images.shape == (20, 3, 32, 32) and sorted(labels.tolist()) == [0] * 10 + [1] * 10
+    assert torch.equal(batches(train, epoch=1, start_batch=2)[0], images[8:])
+    assert batches(held_out)[1].tolist() == [0] * 5 + [1] * 5
+    assert len(train.sample_names(1)) == (4 if scheme == "hfds" else 0)
+
+
 @pytest.fixture(scope="module")
 def shards(photographs, tmp_path_factory) -> Path:
     """The photographs as tar shards: train-0.tar, train-1.tar, val-0.tar, val-1.tar."""

@@ -287,15 +287,12 @@ def _timm_dataset(args: argparse.Namespace, train: bool) -> Any:
     if importlib.util.find_spec(package) is None:
         raise DataError(f"--data-set {args.data_set} needs the package {package}: pip install {package}")
     split = (args.train_split or "train") if train else (args.val_split or "validation")
+    options: dict[str, Any] = {"root": args.data_path, "split": split, "batch_size": args.batch_size, "seed": args.seed}
+    if _scheme(args.data_set) == "hfids":  # SPLIT|NUMBER, as timm has it for shards
+        name, _, number = split.partition("|")
+        options |= {"split": name, "num_samples": int(number) if number.isdecimal() else None}
     try:
-        dataset = create_dataset(
-            args.data_set,
-            root=args.data_path,
-            split=split,
-            is_training=train,
-            batch_size=args.batch_size,
-            seed=args.seed,
-        )
+        dataset = create_dataset(args.data_set, is_training=train, **options)
     except Exception as error:  # whatever the package raises for a missing folder, split, repository or network
         raise DataError(f"--data-set {args.data_set}, split {split}: {error}") from error
     if isinstance(dataset, IterableImageDataset) and not dataset.reader.num_samples:
