@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Makes one wheel for every Python and every torch >= 2.11, with the compiled libraries in it.
 #   scripts/build_wheel.sh [FOLDER]    the folder to put it in, default dist
-# TORCH_CUDA_ARCH_LIST, MAMBA_SSM_BUILD, CXX, NVCC and MAX_JOBS: see setup.py. Without nvcc it refuses, unless
-# MAMBA_SSM_BUILD=cpu asks for a wheel without the CUDA library.
+# Both libraries, or an error; MAMBA_SSM_BUILD=cpu asks for a wheel without the CUDA library. TORCH_CUDA_ARCH_LIST, CXX,
+# NVCC and MAX_JOBS: see setup.py.
 #   PYTHON   an interpreter with torch, setuptools and wheel (default python3, that of an activated environment)
 set -euo pipefail
 
 FOLDER="$(realpath -m "${1:-dist}")" # against the caller's folder, before cd
 PYTHON="${PYTHON:-python3}"
+export MAMBA_SSM_BUILD="${MAMBA_SSM_BUILD:-cuda}"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 die() {
@@ -15,23 +16,9 @@ die() {
     exit 1
 }
 
-check_tools() {
-    "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, ("setuptools", "torch", "wheel")))' ||
-        die "'$PYTHON' lacks torch, setuptools or wheel; activate the project's environment or name it: PYTHON=.venv/bin/python $0"
-    case "${MAMBA_SSM_BUILD:-auto}" in
-        cpu) ;;
-        auto)
-            command -v "${NVCC:-nvcc}" >/dev/null || [[ -z "${NVCC:-}" && -x /usr/local/cuda/bin/nvcc ]] ||
-                die "there is no nvcc, so the wheel would lack the CUDA library; install CUDA's compiler, name it with" \
-                    "NVCC=/path/to/nvcc, or ask for a wheel without it: MAMBA_SSM_BUILD=cpu $0"
-            ;;
-        *) die "MAMBA_SSM_BUILD='$MAMBA_SSM_BUILD': a wheel needs libraries; use auto or cpu" ;;
-    esac
-}
-
 # Fails unless the wheel is tagged for every Python and holds the libraries.
 check_wheel() {
-    "$PYTHON" - "$1" "${MAMBA_SSM_BUILD:-auto}" <<'CHECK'
+    "$PYTHON" - "$1" "$MAMBA_SSM_BUILD" <<'CHECK'
 import sys
 from zipfile import ZipFile
 
@@ -43,7 +30,9 @@ if found != wanted or "-py3-none-" not in path:
 CHECK
 }
 
-check_tools
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, ("setuptools", "torch", "wheel")))' ||
+    die "'$PYTHON' lacks torch, setuptools or wheel; activate the project's environment or name it: PYTHON=.venv/bin/python $0"
+[[ "$MAMBA_SSM_BUILD" == @(cuda|cpu) ]] || die "MAMBA_SSM_BUILD='$MAMBA_SSM_BUILD': a wheel is made with cuda or cpu"
 # setuptools packs whatever an earlier build left here; compiled objects, in build/temp.*, are kept.
 rm -rf build/lib* build/bdist*
 output="$(mktemp -d)"
