@@ -8,8 +8,12 @@ Python nor libtorch's C++ ABI, so one binary serves every Python and every torch
 
 What cannot be compiled is left out with one warning, and the package then runs on its PyTorch reference.
 
-Environment: MAMBA_SSM_BUILD = auto | cpu | none (default auto), CXX the C++ compiler, NVCC the CUDA compiler,
-TORCH_CUDA_ARCH_LIST the GPUs (such as "9.0;10.0+PTX"), MAX_JOBS the number of parallel compilations.
+Environment:
+    MAMBA_SSM_BUILD       auto (the default): the CPU library; the CUDA library where there is nvcc and a use for it: a
+                          GPU here, or TORCH_CUDA_ARCH_LIST. cuda: both, or an error. cpu: the first. none: neither.
+    TORCH_CUDA_ARCH_LIST  the GPUs to compile for, such as "9.0;10.0+PTX"; default: those of CUDA_ARCHITECTURES that the
+                          nvcc knows, some minutes of compilation for each
+    CXX, NVCC, MAX_JOBS   the C++ compiler, the CUDA compiler, and how many compilations run at one time
 """
 
 import os
@@ -35,7 +39,7 @@ CXX_FLAGS += [
     "-fno-signed-zeros",
     "-fno-trapping-math",
 ]  # NaN and Inf stay exact
-NVCC_FLAGS = ["-std=c++20", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # Python loads libtorch with local scope: without --no-as-needed its symbols would not be found.
 LINK_FLAGS = ["-shared", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
@@ -63,10 +67,14 @@ def knows_cxx20(cxx: list[str]) -> bool:
     return subprocess.run(command, input=probe, text=True, capture_output=True).returncode == 0
 
 
-def architecture_flags() -> list[str]:
+def architecture_flags(nvcc: list[str]) -> list[str]:
     flags = []
-    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    known = subprocess.run([*nvcc, "--list-gpu-arch"], check=True, text=True, capture_output=True).stdout.split()
+    for arch in (asked or CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
         number = arch.removesuffix("+PTX").replace(".", "")
+        if not asked and f"compute_{number}" not in known:
+            continue
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -74,35 +82,56 @@ def architecture_flags() -> list[str]:
 
 
 class BuildLibraries(build_ext):
-    """Compiles the sources in parallel and links each library; a missing compiler is a warning, not an error."""
+    """Compiles the sources in parallel and links each library; a missing compiler is a warning, not an error, unless
+    MAMBA_SSM_BUILD=cuda asks for everything."""
 
     def build_extensions(self) -> None:
         wanted = os.environ.get("MAMBA_SSM_BUILD", "auto")
-        if wanted not in ("auto", "cpu", "none"):
-            raise SystemExit(f"MAMBA_SSM_BUILD={wanted!r}: expected auto, cpu or none")
+        if wanted not in ("auto", "cuda", "cpu", "none"):
+            raise SystemExit(f"MAMBA_SSM_BUILD={wanted!r}: expected auto, cuda, cpu or none")
         reference = "these operators will run on the (slow) PyTorch reference"
         cxx = find_compiler("CXX", "c++", "g++", "clang++")
         nvcc = find_compiler("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
         for extension in self.extensions:
             is_cuda = extension.name.endswith("_cuda")
+            reason = None
             if wanted == "none" or (wanted == "cpu" and is_cuda):
-                warn(f"MAMBA_SSM_BUILD={wanted}: {extension.name} is not built; {reference}")
+                reason = f"MAMBA_SSM_BUILD={wanted}"
             elif cxx is None:
-                warn(
-                    f"no C++ compiler found: {extension.name} is not built; {reference}. Install g++ and install again"
-                )
+                reason = "no C++ compiler found (install g++ and install again)"
             elif not knows_cxx20(cxx):
-                warn(f"{shlex.join(cxx)} cannot compile C++20: {extension.name} is not built; {reference}")
-            elif is_cuda and nvcc is None:
-                warn(f"no nvcc found: {extension.name} is not built; on CUDA tensors {reference}")
-            else:
+                reason = f"{shlex.join(cxx)} cannot compile C++20"
+            elif is_cuda:
+                reason = self.obstacle_to_cuda(nvcc, wanted)
+            if reason is None:
                 self.build_library(extension, cxx, nvcc)
+            elif wanted == "cuda":
+                raise SystemExit(f"MAMBA_SSM_BUILD=cuda, but {extension.name} cannot be built: {reason}")
+            else:
+                where = "on CUDA tensors " if is_cuda else ""
+                warn(f"{reason}: {extension.name} is not built; {where}{reference}")
+
+    def obstacle_to_cuda(self, nvcc: list[str] | None, wanted: str) -> str | None:
+        """Why the CUDA library cannot be built, or need not be; None if nothing speaks against it."""
+        import torch
+
+        if nvcc is None:
+            return "no nvcc found"
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        if wanted == "auto" and not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            return "no GPU here, and TORCH_CUDA_ARCH_LIST (such as 9.0) does not name one"
+        return None
 
     def build_library(self, extension: Extension, cxx: list[str], nvcc: list[str] | None) -> None:
         import torch
         from torch.utils.cpp_extension import include_paths
 
-        includes = [f"-I{ROOT / 'csrc' / 'common'}", *(f"-isystem{path}" for path in include_paths())]
+        is_cuda = extension.name.endswith("_cuda")
+        nvcc_flags = [*NVCC_FLAGS, *architecture_flags(nvcc)] if is_cuda else []
+        defines = [*DEFINES, "-DUSE_CUDA"] if is_cuda else DEFINES
+        own_headers = f"-I{ROOT / 'csrc' / 'common'}"
+        torch_headers = [f"-isystem{path}" for path in include_paths()]
 
         def compile_source(source: str) -> str:
             output = Path(self.build_temp, source).with_suffix(".o")
@@ -111,8 +140,9 @@ class BuildLibraries(build_ext):
             if output.exists() and output.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
                 return str(output)
             output.parent.mkdir(parents=True, exist_ok=True)
-            compiler = [*nvcc, *NVCC_FLAGS, *architecture_flags()] if source.endswith(".cu") else [*cxx, *CXX_FLAGS]
-            command = [*compiler, *DEFINES, *includes, "-c", str(ROOT / source), "-o", str(output)]
+            cxx_flags = [*CXX_FLAGS, *defines, *torch_headers]  # what nvcc compiles knows nothing of torch
+            compiler = [*nvcc, *nvcc_flags] if source.endswith(".cu") else [*cxx, *cxx_flags]
+            command = [*compiler, own_headers, "-c", str(ROOT / source), "-o", str(output)]
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True)
             return str(output)
@@ -122,9 +152,9 @@ class BuildLibraries(build_ext):
             objects = list(pool.map(compile_source, extension.sources))
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        linker = [*nvcc, "-Xcompiler=-fPIC"] if extension.name.endswith("_cuda") else cxx
+        linker = [*nvcc, "-Xcompiler=-fPIC"] if is_cuda else cxx
         link_flags = [f"-L{Path(torch.__file__).parent / 'lib'}", *LINK_FLAGS]
-        if extension.name.endswith("_cuda"):
+        if is_cuda:
             link_flags = [f.replace("-Wl,", "-Xlinker=") for f in [*link_flags, "-ltorch_cuda"]]
         subprocess.run([*linker, *objects, *link_flags, "-o", str(target)], check=True)
 

@@ -30,6 +30,25 @@ def test_discretizations_compile_for_a_gpu(tmp_path):
     assert not re.search(r"[1-9]\d* bytes spill", log)
 
 
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
+def test_the_scans_fast_path_keeps_to_its_registers(tmp_path):
+    """As launch_config.h has it, six forward and three backward blocks fit on a multiprocessor of 65,536 registers,
+    without spilling."""
+    source = ROOT / "csrc" / "tests" / "scan_fast_path.cu"
+    command = [NVCC, "-std=c++20", "-O3", "-gencode=arch=compute_90,code=sm_90", "-cubin", "-Xptxas", "-v"]
+    command += [f"-I{ROOT / 'csrc' / 'common'}", "-o", str(tmp_path / "out.cubin"), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    log = result.stdout + result.stderr
+    assert result.returncode == 0, log
+    assert "warning" not in log
+    budgets = {"forward": 80, "backward": 168}
+    for kernel, budget in budgets.items():
+        report = re.search(rf"Compiling entry function '\w*scan_{kernel}_kernel.*?Used (\d+) registers", log, re.DOTALL)
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report.group(0)
+        assert int(report.group(1)) <= budget
+    assert len(re.findall("Compiling entry function", log)) == len(budgets)
+
+
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """What a build reads, in a folder of its own."""
@@ -42,7 +61,7 @@ def checkout(tmp_path) -> Path:
 
 def build(checkout: Path, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "NVCC", "MAMBA_SSM_BUILD")}
+    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "NVCC", "MAMBA_SSM_BUILD", "TORCH_CUDA_ARCH_LIST")}
     result = subprocess.run(command, cwd=checkout, env={**kept, **environment}, capture_output=True, text=True)
     assert not list(checkout.glob("mamba_ssm/*.so"))
     return result
@@ -66,7 +85,7 @@ def test_without_a_compiler_the_build_succeeds_with_one_warning(environment, cau
 def test_an_unknown_kind_of_build_is_an_error(checkout):
     result = build(checkout, MAMBA_SSM_BUILD="garbage")
     assert result.returncode != 0
-    assert "MAMBA_SSM_BUILD='garbage': expected auto, cpu or none" in result.stderr
+    assert "MAMBA_SSM_BUILD='garbage': expected auto, cuda, cpu or none" in result.stderr
     assert "Traceback" not in result.stderr
 
 

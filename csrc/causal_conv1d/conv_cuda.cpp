@@ -1,0 +1,185 @@
+// The CUDA implementation of the causal_conv1d operators; schemas and checks of the arguments are in Python.
+//
+// Compiled with MAMBA_SSM_CUDA_ON_CPU the kernels are host code, and the operators take CPU tensors: a test does that.
+#include <algorithm>
+#include <tuple>
+
+#include "conv_gpu.h"
+#include "row_sums.h"
+#include "stable_cuda.h"
+
+namespace mamba_ssm {
+namespace {
+
+using i64 = std::int64_t;
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+void check_launch(const char* error) {
+  STD_TORCH_CHECK(error == nullptr, "causal_conv1d: the kernel did not start: ", error);
+}
+
+ConvArray array_of(const Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// A tensor of x's shape and dtype, with time running backwards under `reverse`.
+ConvArray in_scan_order(const Tensor& tensor, const Tensor& x, bool reverse, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1) &&
+                      tensor.size(2) == x.size(2) && tensor.scalar_type() == x.scalar_type(),
+                  name, " must have the shape and the dtype of x");
+  ConvArray a = array_of(tensor);
+  if (!reverse) return a;
+  a.data = static_cast<char*>(a.data) + (tensor.size(2) - 1) * a.time * static_cast<i64>(tensor.element_size());
+  a.time = -a.time;
+  return a;
+}
+
+Tensor empty_in_layout_of(const Tensor& x) {
+  if (x.stride(1) != 1 || x.stride(2) == 1) return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  return torch::stable::transpose(torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1)}), 1, 2);
+}
+
+ConvParameter parameter(const Tensor& tensor, const char* name) {
+  return {tensor.const_data_ptr(), kernel_dtype(tensor, name), tensor.stride(0),
+          tensor.dim() > 1 ? tensor.stride(1) : 0};
+}
+ConvParameter parameter(const OptionalTensor& tensor, i64 dim, const char* name) {
+  if (!tensor.has_value()) return {};
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == dim, name, " must have shape (dim,)");
+  return parameter(*tensor, name);
+}
+
+GpuConv conv_of(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
+                const OptionalTensor& initial_states, bool silu, bool reverse, i64 chunk) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must be (batch, dim, seqlen)");
+  GpuConv conv{};
+  ConvProblem& p = conv.p;
+  p.batch = x.size(0);
+  p.dim = x.size(1);
+  p.seqlen = x.size(2);
+  p.dtype = kernel_dtype(x, "x");
+  p.silu = silu;
+  p.x = in_scan_order(x, x, reverse, "x");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == p.dim && weight.size(1) >= 2 && weight.size(1) <= 4,
+                  "weight must be (dim, width) with width 2, 3 or 4");
+  p.width = static_cast<int>(weight.size(1));
+  conv.weight = parameter(weight, "weight");
+  conv.bias = parameter(bias, p.dim, "bias");
+  if (initial_states.has_value()) {
+    STD_TORCH_CHECK(initial_states->scalar_type() == x.scalar_type() && initial_states->dim() == 3 &&
+                        initial_states->size(0) == p.batch && initial_states->size(1) == p.dim &&
+                        initial_states->size(2) == p.width - 1,
+                    "initial_states must be (batch, dim, width - 1), in the dtype of x");
+    p.initial = array_of(*initial_states);
+  }
+  if (seq_idx.has_value()) {
+    STD_TORCH_CHECK(seq_idx->scalar_type() == ScalarType::Int && seq_idx->dim() == 2 && seq_idx->size(0) == p.batch &&
+                        seq_idx->size(1) == p.seqlen,
+                    "seq_idx must be (batch, seqlen), in int32");
+    p.seq_batch = seq_idx->stride(0);
+    p.seq_time = reverse ? -seq_idx->stride(1) : seq_idx->stride(1);
+    p.seq_idx = seq_idx->const_data_ptr<std::int32_t>() + (reverse ? (p.seqlen - 1) * seq_idx->stride(1) : 0);
+  }
+  conv.chunk = chunk;
+  conv.chunks = (p.seqlen + chunk - 1) / chunk;
+  conv.time_fastest = p.dim > 1 && x.stride(1) != 1;
+  return conv;
+}
+
+bool has_pairs(const ConvArray& a, const ConvProblem& p) {
+  return a.data == nullptr || (a.dim == 1 && a.batch % 2 == 0 && a.time % 2 == 0 &&
+                               reinterpret_cast<std::uintptr_t>(a.data) % (2 * element_size(p.dtype)) == 0);
+}
+template <class... Arrays>
+bool all_pairs(const ConvProblem& p, const Arrays&... arrays) {
+  return p.dim % 2 == 0 && (has_pairs(arrays, p) && ...);
+}
+
+Tensor conv_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
+                const OptionalTensor& initial_states, bool silu, bool reverse) {
+  const DeviceOf device(x);
+  GpuConv conv = conv_of(x, weight, bias, seq_idx, initial_states, silu, reverse, kForwardConvChunk);
+  Tensor out = empty_in_layout_of(x);
+  conv.p.out = in_scan_order(out, x, reverse, "out");
+  conv.pairs = all_pairs(conv.p, conv.p.x, conv.p.out);
+  if (x.numel() > 0) check_launch(launch_conv_forward(conv, device.stream()));
+  return out;
+}
+
+// dweight and dbias are fp32, whatever the dtype of weight and bias; dinitial is empty without initial states.
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                                    const OptionalTensor& bias, const OptionalTensor& seq_idx,
+                                                    const OptionalTensor& initial_states, bool silu, bool reverse,
+                                                    const OptionalTensor& dx_addend) {
+  const DeviceOf device(x);
+  GpuConv conv = conv_of(x, weight, bias, seq_idx, initial_states, silu, reverse, kBackwardConvChunk);
+  ConvProblem& p = conv.p;
+  Tensor dx = empty_in_layout_of(x);
+  Tensor dinitial = torch::stable::new_empty(x, {0});
+  p.dout = in_scan_order(dout, x, reverse, "dout");
+  p.dx = in_scan_order(dx, x, reverse, "dx");
+  if (dx_addend.has_value()) p.dx_addend = in_scan_order(*dx_addend, x, reverse, "dx_addend");
+  if (initial_states.has_value()) {
+    dinitial = torch::stable::new_empty(x, {p.batch, p.dim, p.width - 1});
+    p.dinitial = array_of(dinitial);
+  }
+  conv.pairs = all_pairs(p, p.x, p.dout, p.dx, p.dx_addend);
+  const i64 rows = p.batch * conv.chunks, weights = p.dim * p.width, size = weights + p.dim;
+  Tensor partial = torch::stable::new_empty(x, {rows, size}, ScalarType::Float);
+  p.partial = partial.mutable_data_ptr<float>();
+  Tensor dweight = torch::stable::new_empty(weight, {p.dim, p.width}, ScalarType::Float);
+  Tensor dbias = torch::stable::new_empty(weight, {p.dim}, ScalarType::Float);
+  if (x.numel() > 0) check_launch(launch_conv_backward(conv, device.stream()));
+  if (p.dim > 0) {
+    check_launch(launch_sum_rows(p.partial, rows, size, weights, dweight.mutable_data_ptr<float>(), device.stream()));
+    check_launch(
+        launch_sum_rows(p.partial + weights, rows, size, p.dim, dbias.mutable_data_ptr<float>(), device.stream()));
+  }
+  return {dx, dweight, dbias, dinitial};
+}
+
+const std::int32_t* indices_of(const OptionalTensor& tensor, i64 batch, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Int && tensor->numel() == batch && tensor->is_contiguous(), name,
+                  " must be int32, (batch,), contiguous");
+  return tensor->const_data_ptr<std::int32_t>();
+}
+
+Tensor conv_update(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& cache_seqlens, const OptionalTensor& conv_state_indices, bool silu) {
+  const DeviceOf device(x);
+  Tensor out = empty_in_layout_of(x);
+  GpuConvUpdate update{};
+  ConvUpdate& p = update.p;
+  p.batch = x.size(0);
+  p.dim = x.size(1);
+  p.seqlen = x.size(2);
+  p.state_len = conv_state.size(2);
+  p.width = static_cast<int>(weight.size(1));
+  p.dtype = kernel_dtype(x, "x");
+  p.state_dtype = kernel_dtype(conv_state, "conv_state");
+  p.silu = silu;
+  p.x = array_of(x);
+  p.out = array_of(out);
+  p.state = array_of(conv_state);
+  p.cache_seqlens = indices_of(cache_seqlens, p.batch, "cache_seqlens");
+  p.state_indices = indices_of(conv_state_indices, p.batch, "conv_state_indices");
+  update.weight = parameter(weight, "weight");
+  update.bias = parameter(bias, p.dim, "bias");
+  update.rows = conv_state.size(0);
+  STD_TORCH_CHECK(p.width >= 2 && p.width <= 4 && p.state_len >= p.width - 1 && weight.size(0) == p.dim &&
+                      conv_state.size(1) == p.dim && (p.state_indices != nullptr || update.rows == p.batch),
+                  "conv_state must be (batch, dim, state_len >= width - 1) and weight (dim, width)");
+  if (x.numel() > 0) check_launch(launch_conv_update(update, device.stream()));
+  return out;
+}
+
+}  // namespace
+}  // namespace mamba_ssm
+
+MAMBA_SSM_CUDA_IMPL(causal_conv1d, m) {
+  m.impl("conv_fwd", TORCH_BOX(&mamba_ssm::conv_fwd));
+  m.impl("conv_bwd", TORCH_BOX(&mamba_ssm::conv_bwd));
+  m.impl("conv_update", TORCH_BOX(&mamba_ssm::conv_update));
+}

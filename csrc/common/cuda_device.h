@@ -1,0 +1,277 @@
+// What our CUDA kernels use of the device beyond plain C++. Compiled without nvcc, each function has a twin on
+// csrc/tests/cuda_on_cpu.h, so that the tests can run the kernels where there is no GPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "dtype.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define MAMBA_SSM_DEVICE __device__ __forceinline__
+#define MAMBA_SSM_CONSTANT_PARAMETER const __grid_constant__
+#else
+#include "../tests/cuda_on_cpu.h"
+#define MAMBA_SSM_DEVICE inline __attribute__((always_inline))
+#define MAMBA_SSM_CONSTANT_PARAMETER const
+#endif
+
+namespace mamba_ssm {
+
+constexpr int kWarp = 32;
+
+// ---- arithmetic --------------------------------------------------------------------------------------------------
+
+// 2^x with a relative error of 2^-22; results below 2^-126 are 0.
+MAMBA_SSM_DEVICE float fast_exp2(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = cuda_on_cpu::with_error(exp2f(x), 0x1p-22f);
+  return y < 0x1p-126f ? 0.0f : y;
+#endif
+}
+
+// 1/x, good to one unit in the last place.
+MAMBA_SSM_DEVICE float fast_reciprocal(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return cuda_on_cpu::with_error(1.0f / x, 0x1p-24f);
+#endif
+}
+
+MAMBA_SSM_DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-x * 1.44269504f)); }
+// The derivative of silu(x) = x s, where s = sigmoid(x).
+MAMBA_SSM_DEVICE float silu_slope(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
+
+// ---- memory ------------------------------------------------------------------------------------------------------
+
+// The dynamic shared memory of the block.
+template <class T>
+MAMBA_SSM_DEVICE T& shared_memory() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(16) unsigned char memory[];
+  return *reinterpret_cast<T*>(memory);
+#else
+  return *reinterpret_cast<T*>(cuda_on_cpu::block.shared());
+#endif
+}
+
+// Starts a copy of Bytes (4 or 16) from global to shared memory, or zeros there if not `valid`.
+template <int Bytes>
+MAMBA_SSM_DEVICE void copy_async(void* shared, const void* global, bool valid) {
+#if defined(__CUDACC__)
+  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int size = valid ? Bytes : 0;
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(size) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global), "n"(Bytes), "r"(size)
+                 : "memory");
+  }
+#else
+  cuda_on_cpu::block.copy_async([=] { valid ? memcpy(shared, global, Bytes) : memset(shared, 0, Bytes); });
+#endif
+}
+// Waits for the copies that this thread has started; the block sees them after __syncthreads.
+MAMBA_SSM_DEVICE void wait_for_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+  cuda_on_cpu::block.wait_for_copies();
+#endif
+}
+
+MAMBA_SSM_DEVICE int bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// Half types as their bits.
+MAMBA_SSM_DEVICE float from_bfloat16(std::uint32_t bits) {
+  const std::uint32_t wide = bits << 16;
+  float value;
+  memcpy(&value, &wide, 4);
+  return value;
+}
+MAMBA_SSM_DEVICE std::uint16_t to_bfloat16(float value) {
+#if defined(__CUDACC__)
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
+  std::uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if (value != value) return 0x7fff;
+  return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#endif
+}
+MAMBA_SSM_DEVICE float from_float16(std::uint16_t bits) {
+#if defined(__CUDACC__)
+  return __half2float(__ushort_as_half(bits));
+#else
+  _Float16 half;
+  memcpy(&half, &bits, 2);
+  return static_cast<float>(half);
+#endif
+}
+MAMBA_SSM_DEVICE std::uint16_t to_float16(float value) {
+#if defined(__CUDACC__)
+  return __half_as_ushort(__float2half_rn(value));
+#else
+  const _Float16 half = static_cast<_Float16>(value);
+  std::uint16_t bits;
+  memcpy(&bits, &half, 2);
+  return bits;
+#endif
+}
+
+MAMBA_SSM_DEVICE float load_element(const void* data, std::int64_t index, Dtype dtype) {
+  if (dtype == Dtype::f32) return static_cast<const float*>(data)[index];
+  const std::uint16_t bits = static_cast<const std::uint16_t*>(data)[index];
+  return dtype == Dtype::f16 ? from_float16(bits) : from_bfloat16(bits);
+}
+MAMBA_SSM_DEVICE void store_element(void* data, std::int64_t index, Dtype dtype, float value) {
+  if (dtype == Dtype::f32) {
+    static_cast<float*>(data)[index] = value;
+  } else {
+    static_cast<std::uint16_t*>(data)[index] = dtype == Dtype::f16 ? to_float16(value) : to_bfloat16(value);
+  }
+}
+
+// Two neighbours at an even index of memory aligned to both.
+template <Dtype T>
+MAMBA_SSM_DEVICE float2 load_pair(const void* data, std::int64_t index) {
+  if constexpr (T == Dtype::f32) {
+    return static_cast<const float2*>(data)[index / 2];
+  } else {
+    const std::uint32_t bits = static_cast<const std::uint32_t*>(data)[index / 2];
+    if constexpr (T == Dtype::f16) return {from_float16(bits & 0xffff), from_float16(bits >> 16)};
+    const std::uint32_t high = bits & 0xffff0000u;
+    float second;
+    memcpy(&second, &high, 4);
+    return {from_bfloat16(bits), second};
+  }
+}
+template <Dtype T>
+MAMBA_SSM_DEVICE void store_pair(void* data, std::int64_t index, float2 value) {
+  if constexpr (T == Dtype::f32) {
+    static_cast<float2*>(data)[index / 2] = value;
+  } else {
+    const std::uint32_t low = T == Dtype::f16 ? to_float16(value.x) : to_bfloat16(value.x);
+    const std::uint32_t high = T == Dtype::f16 ? to_float16(value.y) : to_bfloat16(value.y);
+    static_cast<std::uint32_t*>(data)[index / 2] = low | (high << 16);
+  }
+}
+
+// Calls function(std::integral_constant<Dtype, dtype>()): a loop in there knows the dtype.
+template <class Function>
+MAMBA_SSM_DEVICE void with_dtype(Dtype dtype, const Function& function) {
+  if (dtype == Dtype::bf16) {
+    function(std::integral_constant<Dtype, Dtype::bf16>());
+  } else if (dtype == Dtype::f16) {
+    function(std::integral_constant<Dtype, Dtype::f16>());
+  } else {
+    function(std::integral_constant<Dtype, Dtype::f32>());
+  }
+}
+
+// Whether `value` holds in all threads of the block, all of which must call this; once per kernel.
+MAMBA_SSM_DEVICE bool block_all(bool value) {
+#if defined(__CUDACC__)
+  return __syncthreads_and(value);
+#else
+  return cuda_on_cpu::block.all(value);
+#endif
+}
+
+// Stops the program if `condition` does not hold, as torch does for an index out of range.
+MAMBA_SSM_DEVICE void check_on_device(bool condition) {
+#if defined(__CUDACC__)
+  if (!condition) __trap();
+#else
+  cuda_on_cpu::check(condition);
+#endif
+}
+
+// ---- warps -------------------------------------------------------------------------------------------------------
+
+// The value of the lane whose index differs in the bits of `mask`.
+MAMBA_SSM_DEVICE float shuffle_xor(float value, int mask) {
+#if defined(__CUDACC__)
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+#else
+  const auto* lanes = cuda_on_cpu::block.exchange(&value, sizeof(value), "shuffle_xor");
+  memcpy(&value, lanes[cuda_on_cpu::block.lane() ^ mask], sizeof(value));
+  return value;
+#endif
+}
+
+// sum += a · b on the tensor cores, a 16 × 8, b 8 × 8, their elements read as tf32: the lowest 13 bits are ignored.
+// With row = lane / 4 and k = lane % 4, a lane holds a(row, k), a(row + 8, k), a(row, k + 4), a(row + 8, k + 4);
+// b(k, row), b(k + 4, row); and sum(row, 2k), sum(row, 2k + 1), sum(row + 8, 2k), sum(row + 8, 2k + 1).
+MAMBA_SSM_DEVICE void multiply_tiles(float (&sum)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+#if defined(__CUDACC__)
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+#else
+  const float own[6] = {a0, a1, a2, a3, b0, b1};
+  const auto* lanes = cuda_on_cpu::block.exchange(own, sizeof(own), "multiply_tiles");
+  const auto element = [&](int lane, int i) {
+    std::uint32_t bits;
+    memcpy(&bits, lanes[lane] + 4 * i, 4);
+    bits &= 0xffffe000u;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+  };
+  const int lane = cuda_on_cpu::block.lane();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, upper = i / 2, column = 2 * (lane % 4) + i % 2;
+    float total = 0.0f;
+    for (int k = 0; k < 8; ++k) {
+      total += element(4 * row + k % 4, 2 * (k / 4) + upper) * element(4 * column + k % 4, 4 + k / 4);
+    }
+    sum[i] += total;
+  }
+#endif
+}
+// What multiply_tiles ignores of a value; exact.
+MAMBA_SSM_DEVICE float ignored_part(float value) {
+  std::uint32_t bits;
+  memcpy(&bits, &value, 4);
+  bits &= 0xffffe000u;
+  float kept;
+  memcpy(&kept, &bits, 4);
+  return value - kept;
+}
+
+// ---- launch ------------------------------------------------------------------------------------------------------
+
+// Starts a kernel; null, or what went wrong.
+template <class... Parameters>
+const char* launch(void (*kernel)(Parameters...), unsigned grid_x, unsigned grid_y, unsigned threads,
+                   std::size_t shared_bytes, void* stream, const Parameters&... parameters) {
+#if defined(__CUDACC__)
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  kernel<<<dim3(grid_x, grid_y), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters...);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+  cuda_on_cpu::launch<Parameters...>(kernel, {grid_x, grid_y, 1}, threads, shared_bytes, parameters...);
+  return nullptr;
+#endif
+}
+
+}  // namespace mamba_ssm

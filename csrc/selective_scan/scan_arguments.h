@@ -1,0 +1,135 @@
+// What the operators of every device do with their arguments: checks, and the description that the kernels read.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "discretization.h"
+#include "params.h"
+#include "stable_abi.h"
+
+namespace mamba_ssm {
+
+using torch::headeronly::ScalarType;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Tensor contiguous_float(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
+  return torch::stable::contiguous(tensor);
+}
+inline OptionalTensor contiguous_float(const OptionalTensor& tensor, const char* name) {
+  if (!tensor.has_value()) return tensor;
+  return contiguous_float(*tensor, name);
+}
+
+inline void check_shape(const OptionalTensor& t, std::initializer_list<std::int64_t> size, const char* name) {
+  if (!t.has_value()) return;
+  bool same = t->dim() == static_cast<std::int64_t>(size.size());
+  for (std::int64_t i = 0; same && i < t->dim(); ++i) same = t->size(i) == size.begin()[i];
+  std::string expected;
+  for (std::int64_t n : size) expected.append(expected.empty() ? "" : ", ").append(std::to_string(n));
+  STD_TORCH_CHECK(same, name, " must have shape (", expected, ")");
+}
+
+inline float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+inline float* float_data(const OptionalTensor& tensor) { return tensor.has_value() ? float_data(*tensor) : nullptr; }
+
+inline Activation activation(const Tensor& t, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == like.size(0) && t.size(1) == like.size(1) && t.size(2) == like.size(2),
+                  name, " must have the shape of u (batch, channels, length)");
+  return {t.data_ptr(), kernel_dtype(t, name), t.stride(0), t.stride(1), t.stride(2)};
+}
+inline Activation activation(const OptionalTensor& t, const char* name, const Tensor& like) {
+  return t.has_value() ? activation(*t, name, like) : Activation{};
+}
+
+inline InputMatrix input_matrix(const Tensor& t, const char* name, const ScanParams& p) {
+  const Dtype dtype = kernel_dtype(t, name);
+  if (t.dim() == 2) {
+    check_shape(t, {p.channels, p.states}, name);
+    return {t.data_ptr(), dtype, true, 0, t.stride(0), t.stride(1), 0};
+  }
+  if (t.dim() == 3) {
+    check_shape(t, {p.batch, p.states, p.length}, name);
+    return {t.data_ptr(), dtype, false, t.stride(0), 0, t.stride(1), t.stride(2)};
+  }
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 2, 3 or 4 dimensions");
+  check_shape(t, {p.batch, t.size(1), p.states, p.length}, name);
+  return {t.data_ptr(), dtype, false, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+// (batch, channels, length), laid out in memory as `like` is: channel-last or not.
+inline Tensor new_activation(const Tensor& like, ScalarType dtype) {
+  const std::int64_t b = like.size(0), d = like.size(1), l = like.size(2);
+  if (like.stride(1) == 1 && d > 1)
+    return torch::stable::transpose(torch::stable::new_empty(like, {b, l, d}, dtype), 1, 2);
+  return torch::stable::new_empty(like, {b, d, l}, dtype);
+}
+inline Tensor new_floats(const Tensor& like, std::vector<std::int64_t> size) {
+  return torch::stable::new_empty(like, size, ScalarType::Float);
+}
+
+inline constexpr const char* kMethodNames[] = {
+#define MAMBA_SSM_NAME(Method) Method::name,
+    MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_NAME)
+#undef MAMBA_SSM_NAME
+};
+
+inline int find_method(const std::string& name) {
+  std::string known;
+  int index = 0;
+  for (const char* candidate : kMethodNames) {
+    if (name == candidate) return index;
+    known.append(index++ ? ", " : "").append(candidate);
+  }
+  STD_TORCH_CHECK(false, "discretization_method: got '", name, "'; expected one of ", known);
+}
+
+// A, D, delta_bias and delta_weight must be contiguous and stay alive as long as the result is used.
+inline ScanParams make_params(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                              const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+                              const OptionalTensor& delta_weight, double scale, bool delta_softplus, bool reverse,
+                              const std::string& method) {
+  STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2, "u must be (batch, channels, length) and A (channels, states)");
+  ScanParams p{};
+  p.method = find_method(method);
+  p.batch = u.size(0);
+  p.channels = u.size(1);
+  p.length = u.size(2);
+  p.states = A.size(1);
+  check_shape(A, {p.channels, p.states}, "A");
+  check_shape(D, {p.channels}, "D");
+  check_shape(delta_bias, {p.channels}, "delta_bias");
+  p.u = activation(u, "u", u);
+  p.z = activation(z, "z", u);
+  if (delta_weight.has_value()) {
+    STD_TORCH_CHECK(delta.dim() == 3, "delta must be (batch, rank, length) where delta_weight is given");
+    p.rank = delta.size(1);
+    check_shape(delta, {p.batch, p.rank, p.length}, "delta");
+    check_shape(delta_weight, {p.channels, p.rank}, "delta_weight");
+    p.delta_input = {delta.data_ptr(), kernel_dtype(delta, "delta"), false, delta.stride(0), 0, delta.stride(1),
+                     delta.stride(2)};
+    p.delta_weight = float_data(delta_weight);
+  } else {
+    p.delta = activation(delta, "delta", u);
+  }
+  p.B = input_matrix(B, "B", p);
+  p.C = input_matrix(C, "C", p);
+  const std::int64_t B_groups = B.dim() == 4 ? B.size(1) : 1, C_groups = C.dim() == 4 ? C.size(1) : 1;
+  p.groups = std::max(B_groups, C_groups);
+  STD_TORCH_CHECK((B_groups == p.groups || p.B.group == 0 || p.B.constant) &&
+                      (C_groups == p.groups || p.C.group == 0 || p.C.constant) && p.channels % p.groups == 0,
+                  "B and C must have the same number of groups, and it must divide the channels");
+  p.A = float_data(A);
+  p.D = float_data(D);
+  p.delta_bias = float_data(delta_bias);
+  p.scale = static_cast<float>(scale);
+  p.delta_softplus = delta_softplus;
+  p.reverse = reverse;
+  return p;
+}
+
+}  // namespace mamba_ssm

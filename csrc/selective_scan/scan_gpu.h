@@ -1,0 +1,44 @@
+// The launches of the CUDA scan, as scan_cuda.cpp calls them. No torch and no CUDA here.
+#pragma once
+
+#include "launch_config.h"
+#include "params.h"
+
+namespace mamba_ssm {
+
+// One launch of either kernel: the problem, and the states that are this launch's.
+struct GpuScan {
+  ScanParams p;
+  int first_state, states;  // at most tile::kStates of them
+  int tiles;                // of tile::kChannels channels, in a group
+  // Whether pairs of states (in float32: states) lie side by side, aligned to 4 bytes; delta: with delta_weight.
+  bool aligned_B, aligned_C, aligned_delta;
+};
+
+struct GpuScanGradients {
+  ScanGradients g;                // dB and dC in their constant forms only: (batch, channels, states)
+  Activation sum_du, sum_ddelta;  // of the launches for other states, in float32, to be added; or none
+  float* partial;  // (batch, groups, tiles, length, 2 kStates): dB and dC of each tile, where not constant; or null
+  bool exact;      // sum dB and dC over the channels in float32; else their terms are rounded to tf32
+};
+
+// dB or dC, (batch, groups, states, time), from the partial sums of the tiles.
+struct TileSums {
+  const float* partial;
+  std::int64_t batch, groups, tiles, length;
+  int first;  // in a row of the partial sums: 0 for dB, kStates for dC
+  int states;
+  float* out;  // of the launch's first state
+  std::int64_t out_batch, out_group, out_state, out_time;
+};
+
+// Each starts on the given stream and returns null, or what went wrong. Packed: every activation has its channels side
+// by side, its other strides and its address in multiples of 16 bytes, and whole vectors of 16 bytes in each group; its
+// dtype is u's or float32, for u and delta u's.
+template <bool Packed>
+const char* launch_scan_forward(const GpuScan& scan, void* stream);
+template <bool Packed>
+const char* launch_scan_backward(const GpuScan& scan, const GpuScanGradients& gradients, void* stream);
+const char* launch_sum_tiles(const TileSums& sums, void* stream);
+
+}  // namespace mamba_ssm

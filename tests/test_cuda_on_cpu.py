@@ -1,0 +1,302 @@
+"""The CUDA kernels, compiled as host C++ and run by csrc/tests/cuda_on_cpu.h, against the float64 reference.
+
+This shows that the kernels compute the right thing, without races, deadlocks or accesses outside of shared memory,
+where there is no GPU; tests/test_cuda_*.py marked `cuda` show the same, and everything about launches, on a GPU.
+"""
+
+import itertools
+import os
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import test_causal_conv1d as conv
+import test_mixer
+import torch
+from test_selective_scan_cpu import (
+    DTYPES,
+    activation,
+    assert_as_accurate,
+    bidirectional_results,
+    compare,
+    make_inputs,
+    results,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from causal_conv1d import causal_conv1d_update
+from mamba_ssm.ops.discretization_ref import METHODS
+from mamba_ssm.ops.selective_scan import bidirectional_scan_fn, selective_scan_fn
+from mamba_ssm.ops.selective_scan_ref import bidirectional_scan_ref
+
+ROOT = Path(__file__).resolve().parent.parent
+CXX = shlex.split(os.environ.get("CXX", "")) or [n for n in ("c++", "g++", "clang++") if shutil.which(n)][:1]
+OPERATORS = {
+    "mamba_ssm": ("selective_scan_fwd", "selective_scan_bwd"),
+    "causal_conv1d": ("conv_fwd", "conv_bwd", "conv_update"),
+}
+# The device's fast exponential has errors up to 2^-22, which the emulation reproduces: eight units in the last place.
+FLOOR = 1e-6
+
+pytestmark = [
+    pytest.mark.needs_kernel,
+    pytest.mark.skipif(not CXX, reason="there is no C++ compiler here"),
+]
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory) -> Path:
+    """The library with the operators' implementations for CUDA, as host code for CPU tensors."""
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-unknown-pragmas"]
+    if "fma" in Path("/proc/cpuinfo").read_text().split():  # as the device does
+        flags.append("-mfma")
+    flags += ["-DMAMBA_SSM_CUDA_ON_CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags += [f"-I{ROOT / 'csrc' / 'common'}", f"-isystem{torch_folder / 'include'}"]
+
+    def compile_source(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        subprocess.run([*CXX, *flags, "-x", "c++", "-c", source, "-o", target], check=True)
+        return str(target)
+
+    folders = [ROOT / "csrc" / name for name in ("common", "selective_scan", "causal_conv1d")]
+    sources = [p for folder in folders for pattern in ("*.cu", "*_cuda.cpp") for p in folder.glob(pattern)]
+    sources.sort(key=lambda path: "bwd_packed" not in path.name)  # the longest first
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_source, sources))
+    library = folder / "cuda_on_cpu.so"
+    link = ["-shared", f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    subprocess.run([*CXX, *objects, *link, "-o", library], check=True)
+    return library
+
+
+class OnEmulatedKernels(TorchDispatchMode):
+    """Sends the operators to the library's instead of the CPU's, and counts them."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table, self.calls = table, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.calls += function in self.table
+        return self.table.get(function, function)(*arguments, **(options or {}))
+
+
+@pytest.fixture(scope="session")
+def emulated_operators(emulated_library):
+    for namespace, operators in OPERATORS.items():
+        for name in operators:
+            schema = str(getattr(getattr(torch.ops, namespace), name).default._schema)
+            torch.library.define(f"{namespace}_on_cpu::{name}", schema.split(name, 1)[1])
+    torch.ops.load_library(str(emulated_library))
+    return {
+        getattr(getattr(torch.ops, namespace), name).default: getattr(
+            getattr(torch.ops, f"{namespace}_on_cpu"), name
+        ).default
+        for namespace, operators in OPERATORS.items()
+        for name in operators
+    }
+
+
+@pytest.fixture(autouse=True)
+def on_emulated_kernels(emulated_operators):
+    with OnEmulatedKernels(emulated_operators) as mode:
+        yield
+    assert mode.calls > 0
+
+
+def aligned(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with B and C as the fast path wants them: states innermost, at even offsets."""
+    for name in "BC":
+        batch, states, length = inputs[name].shape
+        rows = torch.randn(batch, length, states + 4, dtype=inputs[name].dtype)
+        inputs[name] = rows[..., 4:].transpose(1, 2)
+    return inputs
+
+
+def check(inputs: dict[str, Tensor], method: str = "zoh", reverse: bool = False, **options) -> None:
+    compare(inputs, method, reverse, **{"floor": FLOOR, **options})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method, dtype):
+    """The fast path, where all |A| >= 0.5 and where not; several tiles of channels and chunks of time."""
+    inputs = aligned(make_inputs(channels=72, length=37, states=16, dtype=dtype))
+    check(inputs, method, reverse=dtype == torch.bfloat16)
+    inputs["A"] = -0.5 - 16 * torch.rand(72, 16)
+    check(inputs, method, reverse=dtype != torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_in_the_general_way(method, dtype):
+    check(make_inputs(channels=19, length=21, states=6, dtype=dtype), method, reverse=dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 7, 15, 16, 17, 63, 64, 65, 197])
+def test_lengths(length, dtype):
+    inputs = aligned(make_inputs(batch=1, channels=8, length=length, states=2, dtype=dtype))
+    check(inputs, "highorder" if length < 64 else "zoh", reverse=dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("states", [1, 8, 16, 17, 64, 256])
+def test_numbers_of_states(states):
+    for channels, dtype in ((8, torch.float32), (16, torch.bfloat16), (5, torch.float16)):
+        inputs = make_inputs(batch=1, channels=channels, length=18, states=states, dtype=dtype)
+        check(aligned(inputs) if states % 2 == 0 else inputs, "bilinear", reverse=channels == 8)
+
+
+FORMS = ("constant", "constant_in_dtype", "varying", "two_groups", "six_groups")
+
+
+@pytest.mark.parametrize("forms", list(itertools.product(FORMS, FORMS)), ids="-".join)
+def test_forms_of_B_and_C(forms):
+    if "two_groups" in forms and "six_groups" in forms:
+        forms = forms[0], forms[0]
+    for channels, dtype in ((48, torch.float32), (42, torch.bfloat16)):
+        check(make_inputs(channels=channels, length=9, states=3, dtype=dtype, forms=forms), "foh", channels == 42)
+
+
+def test_optional_arguments():
+    optional = ("D", "z", "delta_bias", "initial_state")
+    for absent in itertools.chain.from_iterable(itertools.combinations(optional, n) for n in range(5)):
+        for softplus in (True, False):
+            inputs = make_inputs(channels=24 if softplus else 21, length=7)
+            if not softplus:
+                inputs["delta"], inputs["delta_bias"] = inputs["delta"].abs(), inputs["delta_bias"].abs()
+            check({k: v for k, v in inputs.items() if k not in absent}, reverse=softplus, delta_softplus=softplus)
+
+
+@pytest.mark.parametrize("layout", ["channel_last_slice", "contiguous", "strided", "reversed_dimensions", "expanded"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_layouts(layout, reverse):
+    floor = 3 * FLOOR if layout == "expanded" else FLOOR  # equal steps have equal errors, which add up
+    for dtype, channels in ((torch.float32, 24), (torch.bfloat16, 21)):
+        check(make_inputs(2, channels, 19, 2, dtype, layout=layout), "zoh_exact", reverse, floor=floor)
+
+
+def test_layouts_and_dtypes_may_differ_from_tensor_to_tensor():
+    for layouts in (("channel_last", "contiguous", "strided"), ("contiguous", "channel_last_slice", "channel_last")):
+        inputs = make_inputs(channels=24, dtype=torch.bfloat16)
+        for name, layout in zip(("u", "delta", "z"), layouts, strict=True):
+            inputs[name] = activation(layout, 2, 24, 35, torch.bfloat16)
+        inputs["delta"] = inputs["delta"].float()
+        inputs["initial_state"] = torch.randn(5, 24, 2).permute(2, 1, 0)
+        check(inputs, "poly")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bidirectional_scan(dtype):
+    inputs = [aligned(make_inputs(channels=24, length=33, dtype=dtype, states=4)) for _ in range(2)]
+    tensors = [t[name] for t in inputs for name in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
+    tensors.append(inputs[0]["z"])
+    weight = torch.randn(2, 24, 33).to(dtype)
+    options = {"scale": 0.5, "discretization_method": "zoh"}
+    assert_as_accurate(
+        bidirectional_results(bidirectional_scan_fn, tensors, weight, False, **options),
+        bidirectional_results(bidirectional_scan_ref, tensors, weight, False, **options),
+        bidirectional_results(bidirectional_scan_ref, tensors, weight, True, **options),
+        floor=FLOOR,
+    )
+
+
+@pytest.mark.parametrize("ways", ["f", "fb"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixer_with_the_projection_of_delta_inside(dtype, ways):
+    inputs = test_mixer.make_inputs(dtype)
+    options = {"scale": 0.5, "discretization_method": "zoh"}
+    kernel = test_mixer.results(*inputs, ways, **options)
+    reference = test_mixer.results(*inputs, ways, use_cuda_kernel=False, **options)
+    truth = test_mixer.results(*inputs, ways, double=True, **options)
+    assert_as_accurate(kernel, reference, truth, floor=FLOOR)
+
+
+@pytest.mark.parametrize("channels", [21, 72])
+@pytest.mark.parametrize("forms", [("varying", "varying"), ("constant", "two_groups")], ids="-".join)
+def test_no_races_and_every_element_written(forms, channels, monkeypatch):
+    """The same bits whichever thread runs first and whenever copies arrive. Deterministic algorithms fill what
+    torch.empty gives with NaN."""
+    inputs = make_inputs(channels=channels // 3 * 2, length=37, states=17, forms=forms, dtype=torch.bfloat16)
+    weights = torch.randn(inputs["u"].shape).bfloat16(), torch.randn(inputs["initial_state"].shape)
+    found = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for reverse_order in (False, True):
+            if reverse_order:
+                monkeypatch.setenv("CUDA_ON_CPU_REVERSE_ORDER", "1")
+            found.append(results(selective_scan_fn, inputs, weights, delta_softplus=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, value in found[0].items():
+        assert value.isfinite().all(), name
+        assert torch.equal(value, found[1][name]), name
+
+
+@pytest.mark.parametrize("place", ["u", "delta", "z", "A", "B", "C", "D", "delta_bias", "initial_state"])
+def test_nan_reaches_only_what_depends_on_it(place):
+    """Other batch elements and channels keep their bits, in the output and in the gradients of u, delta and z."""
+
+    def run():
+        leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+        out, last = selective_scan_fn(**leaves, delta_softplus=True, return_last_state=True)
+        return [out, last, *torch.autograd.grad(out.sum() + last.sum(), [leaves[name] for name in ("u", "delta", "z")])]
+
+    inputs = make_inputs(channels=24, length=20)
+    clean = run()
+    touched = torch.zeros(2, 24, dtype=torch.bool)
+    if place in ("u", "delta", "z", "B", "C"):
+        inputs[place][1, 2, 11] = torch.nan
+        touched[1, 2 if place in ("u", "delta", "z") else slice(None)] = True
+    elif place == "initial_state":
+        inputs[place][1, 3, 2] = torch.nan
+        touched[1, 3] = True
+    else:
+        inputs[place][(3, 2) if place == "A" else 3] = torch.nan
+        touched[:, 3] = True
+    dirty = run()
+    for before, after in zip(clean, dirty, strict=True):
+        assert torch.equal(before[~touched], after[~touched])
+    assert dirty[0][touched].isnan().any(-1).all()
+
+
+# ---- convolution ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", conv.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_convolution(dtype, layout):
+    for seqlen, width, dim in itertools.product((1, 3, 17, 65), (2, 3, 4), (5, 36)):
+        bias, activation_name = (torch.randn(dim), "silu") if width != 3 else (None, None)
+        x = conv.make_x(layout, 2, dim, seqlen, dtype)
+        conv.compare(x, torch.randn(dim, width), bias, activation=activation_name, reverse=seqlen == 17)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("layout", ["channel_last", "contiguous"])
+def test_convolution_of_states_and_packed_sequences(layout, reverse):
+    for seqlen, width in itertools.product((1, 3, 65, 130), (2, 4)):
+        weight, bias = torch.randn(18, width), torch.randn(18).bfloat16()
+        x, states = conv.make_x(layout, 2, 18, seqlen, torch.float16), torch.randn(2, 18, width - 1).half()
+        conv.compare(x, weight, bias, states, reverse=reverse, final=True)
+        for padding in (0, 1):
+            index = conv.packed_index(2, seqlen, padding)
+            conv.compare(conv.make_x(layout, 2, 18, seqlen), weight, bias, seq_idx=index, reverse=reverse)
+
+
+@pytest.mark.parametrize("circular", [False, True])
+@pytest.mark.parametrize("gather", [False, True])
+def test_convolution_update(gather, circular):
+    conv.test_update_kernel_against_reference(gather, circular, torch.bfloat16)
+
+
+def test_convolution_update_refuses_rows_that_do_not_exist():
+    x, weight, state = torch.randn(2, 6, 9), torch.randn(6, 4), torch.zeros(3, 6, 4)
+    with pytest.raises(RuntimeError, match="a kernel's check failed"):
+        causal_conv1d_update(x, state, weight, conv_state_indices=torch.tensor([0, 3]))
