@@ -308,6 +308,22 @@ def test_evaluation_counts_every_image_once(batch):
     assert scores["test_acc5"] == pytest.approx(100 * best.sum().item() / 360)
 
 
+@pytest.mark.parametrize("processes", [2, 7, 400])
+def test_shares_of_the_held_out_images_add_up(processes, monkeypatch):
+    """As with --dist-eval: shares of unequal size, or with nothing in them, and no image in two of them."""
+    args = settings("--batch-size", "50")
+    model = create_model(args, 10).eval()
+    whole = evaluate(model, build_loader(args, train=False, channels=1), world=World(CPU), console=Console(quiet=True))
+    sums = []
+    monkeypatch.setattr(World, "sum", lambda self, values: sums.append(values) or [1.0] * 4)
+    for rank in range(processes):
+        share = build_loader(args, train=False, channels=1, rank=rank, world_size=processes)
+        evaluate(model, share, world=World(CPU, rank, processes), console=Console(quiet=True))
+    total = [sum(values) for values in zip(*sums, strict=True)]
+    assert total[3] == 360 and total[0] / 360 == pytest.approx(whole["test_loss"], rel=1e-5)
+    assert [100 * count / 360 for count in total[1:3]] == pytest.approx([whole["test_acc1"], whole["test_acc5"]])
+
+
 # --- numbers that are not finite ---
 
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,7 +25,9 @@ from trainer_runs import (
     VIM,
     assert_same_run,
     command,
+    dies_at,
     digit_folder,
+    interrupt,
     read_log,
     toy,
     toy_flags,
@@ -192,24 +195,6 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
 
 
 # --- going on after an end, an accident, or a kill ---
-
-
-def dies_at(monkeypatch, death: int, act) -> None:
-    """Call `act` instead of the update number `death` of what follows."""
-    update, done = Trainer._update, 0
-
-    def update_until_death(self, position):
-        nonlocal done
-        done += 1
-        if done == death:
-            act()
-        update(self, position)
-
-    monkeypatch.setattr(Trainer, "_update", update_until_death)
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def test_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, monkeypatch):
@@ -473,6 +458,18 @@ def test_image_folder_run_resumes_with_workers(digit_files, tmp_path, monkeypatc
     monkeypatch.undo()
     main([*flags, "--num_workers", "1", "--output_dir", str(broken), "--resume", "auto"])
     assert_same_run(broken, whole)
+
+
+def test_a_dead_worker_is_reported_with_its_image(digit_files, monkeypatch):
+    def kill_a_worker() -> None:
+        worker = next(child for child in multiprocessing.active_children() if child.name.startswith("Process"))
+        worker.kill()
+        time.sleep(5)  # until the news interrupts
+
+    dies_at(monkeypatch, 2, kill_a_worker)
+    flags = [*FOLDER_TOY, "--data-path", str(digit_files), "--num_workers", "1", "--batch-size", "8"]
+    with pytest.raises(DataError, match=r"DataLoader worker .*killed.*; the image it took up last is .*\.png"):
+        main(flags)
 
 
 def test_an_unknown_augmentation_policy_is_named(digit_files):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vim.checkpoint import load_checkpoint
+from vim.engine import Trainer
 from vim.main import main
 
 # 2 x 2 patches and the cls token, 28,554 parameters: small enough for the reference scan.
@@ -71,3 +73,21 @@ def assert_same_run(output: Path, expected: Path) -> None:
     logs = [[{k: v for k, v in record.items() if k not in TIMES} for record in read_log(f)] for f in (output, expected)]
     assert logs[0] == logs[1]
     assert {path.name for path in output.iterdir()} == FILES
+
+
+def dies_at(monkeypatch, death: int, act: Callable[[], None]) -> None:
+    """Call `act` instead of the update number `death` of what follows."""
+    update, done = Trainer._update, 0
+
+    def update_until_death(self, position):
+        nonlocal done
+        done += 1
+        if done == death:
+            act()
+        update(self, position)
+
+    monkeypatch.setattr(Trainer, "_update", update_until_death)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
