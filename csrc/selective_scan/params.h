@@ -36,7 +36,7 @@ struct ScanParams {
   const float* delta_bias;     // (channels) or null
   const float* initial_state;  // (batch, channels, states) or null
   float* last_state;           // (batch, channels, states)
-  float* checkpoints;          // (batch, chunks, states, channels): the state before each chunk; null: not kept
+  float* checkpoints;          // (batch, chunks, states, channels) in an order of its own; null: not kept
   std::int64_t chunk;          // steps from one checkpoint to the next
   float scale;
   bool delta_softplus, reverse;

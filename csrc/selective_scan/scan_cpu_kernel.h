@@ -263,8 +263,10 @@ MAMBA_SSM_INLINE Chunk chunk_at(const ScanParams& p, std::int64_t first) {
   return {first, static_cast<int>(p.chunk < p.length - first ? p.chunk : p.length - first), p.length, p.reverse};
 }
 MAMBA_SSM_INLINE std::int64_t chunk_count(const ScanParams& p) { return (p.length + p.chunk - 1) / p.chunk; }
+// The states of a block before a chunk lie together, in rows of its channels.
 MAMBA_SSM_INLINE float* checkpoint(const ScanParams& p, const Block& block, std::int64_t chunk, std::int64_t n) {
-  return p.checkpoints + ((block.batch * chunk_count(p) + chunk) * p.states + n) * p.channels + block.channel;
+  const std::int64_t row = (block.batch * chunk_count(p) + chunk) * p.channels + block.channel;
+  return p.checkpoints + row * p.states + n * block.count;
 }
 
 // Points `rows` at the constant form, staged once per block, or stages the chunk of the varying form.
@@ -451,7 +453,7 @@ struct BackwardRows {
   const float* u;
   const float* dy;
   float* y;       // null where no gate needs it
-  float* du;      // summed over the states
+  float* du;      // summed over the states: g c B, or where c = Δ only g B, from which ddelta gets its share afterwards
   float* ddelta;  // summed over the states
   const float* A;
   float* adjoint;  // Ā_{t+1} g_{t+1}
@@ -519,12 +521,12 @@ void adjoint_states(const BackwardRows& rows, std::int64_t n, int steps) {
 
   for (int t = steps - 1; t >= 0; --t) {
     const std::int64_t i = t * kLanes;
-    const vfloat delta_t = load(delta + i), u_t = load(u + i), dy_t = load(dy + i);
+    const vfloat delta_t = load(delta + i), dy_t = load(dy + i);
+    [[maybe_unused]] const vfloat u_t = load(u + i);
     vfloat du_t = load(du + i), ddelta_t = load(ddelta + i);
     for (int j = 0; j < Unroll; ++j) {
       const vfloat a_bar = load(s[j].a_bar + i);
       const vfloat g = C[j][t] * dy_t + carried[j];
-      const vfloat gB = g * B[j][t];
       carried[j] = g * a_bar;
       store(s[j].g + i, g);
       vfloat through_state = load(s[j].h + i - kLanes);
@@ -536,10 +538,9 @@ void adjoint_states(const BackwardRows& rows, std::int64_t n, int steps) {
       ddelta_t += through_state * A[j];
       dA[j] += through_state * delta_t;
       if constexpr (Method::kInputIsDelta) {
-        du_t += gB * delta_t;
-        ddelta_t += gB * u_t;
+        du_t += g * B[j][t];
       } else {
-        const vfloat gBu = gB * u_t;
+        const vfloat gB = g * B[j][t], gBu = gB * u_t;
         du_t += gB * load(s[j].c + i);
         ddelta_t += gBu * load(s[j].c_delta + i);
         dA[j] += gBu * load(s[j].c_A + i);
@@ -624,7 +625,7 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
       }
       store(dy + i, gradient);
       chunk_dD += gradient * u_t;
-      store(du + i, gradient * skip);
+      store(du + i, vfloat{});
       store(ddelta + i, vfloat{});
     }
 
@@ -661,16 +662,23 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
       }
     }
 
-    const RowView ddelta_out = write_view(g.ddelta, block, chunk, ddelta);
+    const RowView du_out = write_view(g.du, block, chunk, du), ddelta_out = write_view(g.ddelta, block, chunk, ddelta);
     for (int t = 0; t < chunk.steps; ++t) {
-      const vfloat gradient = load(ddelta + t * kLanes) * load(softplus_slope + t * kLanes);
+      const std::int64_t i = t * kLanes;
+      vfloat from_states = load(du + i), gradient = load(ddelta + i);
+      if (loops.input_is_delta) {
+        gradient += from_states * load(u + i);
+        from_states *= load(delta + i);
+      }
+      gradient *= load(softplus_slope + i);
       chunk_dbias += gradient;
       ddelta_out.write(t, gradient);
+      du_out.write(t, from_states + skip * load(dy + i));
     }
     finish_writing(g.ddelta, block, chunk, ddelta_out);
+    finish_writing(g.du, block, chunk, du_out);
     dD += chunk_dD;
     dbias += chunk_dbias;
-    store_rows(g.du, block, chunk, du);
     if (gated) {
       const bool has_addend = g.dz_addend.data != nullptr;
       const RowView addend = has_addend ? read_view(g.dz_addend, block, chunk, dy) : RowView{};

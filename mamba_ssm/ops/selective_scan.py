@@ -282,13 +282,19 @@ def scan_gradients(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, *rest
         du,
         ddelta,
         dA,
-        (dB.sum(1) if B.dim() == 3 else dB).to(B.dtype),
-        (dC.sum(1) if C.dim() == 3 else dC).to(C.dtype),
+        _sum_groups(dB, B).to(B.dtype),
+        _sum_groups(dC, C).to(C.dtype),
         None if D is None else dD,
         None if z is None else dz,
         None if delta_bias is None else ddelta_bias,
     )
     return gradients, dinitial_state
+
+
+def _sum_groups(gradient: Tensor, B: Tensor) -> Tensor:
+    if B.dim() != 3:
+        return gradient
+    return gradient.squeeze(1) if gradient.shape[1] == 1 else gradient.sum(1)
 
 
 class _BidirectionalScan(torch.autograd.Function):
