@@ -132,8 +132,8 @@ def measure_loader(flags: Sequence[str], workers: Sequence[int], seconds: float,
         table.rows.append([str(number), f"{train:.0f}", f"{train / number:.0f}", f"{test:.0f}"])
     best, core = max(rate["training"] for rate in rates.values()), 1000 / sum(map(statistics.fmean, times.values()))
     table.note = (
-        f"A model that trains faster than {best:.0f} images/s on this machine waits for this loader. A core makes at most "
-        f"{core:.0f}: more cores help, and files stored with their shorter side at 256 pixels, which decode faster."
+        f"A model that trains faster than {best:.0f} images/s on this machine waits for this loader. A core makes at "
+        f"most {core:.0f}: more cores help, and files with a shorter side of 256 pixels, which decode faster."
     )
     figures = {"rates": rates, "stages_ms": {name: statistics.fmean(values) for name, values in times.items()}}
     return Section("loader", figures, [stage_table(times), table])
