@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from timm.data import Mixup
 from torch import nn
-from trainer_runs import BRIEF, DIGITS, TOY, VIM, read_log, toy
+from trainer_runs import BRIEF, DIGITS, TOY, VIM, interrupt, read_log, toy
 
+import vim.main
 from vim.checkpoint import load_checkpoint
 from vim.config import ConfigError, parse_args
 from vim.data import build_loader
@@ -400,6 +401,23 @@ def test_tensorboard(tmp_path):
     accuracies = [event.value for event in events.Scalars("epoch/test_acc1")]
     assert accuracies == pytest.approx([record["test_acc1"] for record in read_log(tmp_path)])
     assert [event.step for event in events.Scalars("epoch/test_acc1")] == [11, 22]
+
+
+def test_tensorboard_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Also from the very end of an epoch, when only its evaluation is missing."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--tensorboard", "--checkpoint-steps", "11"]
+    monkeypatch.setattr(vim.main, "evaluate", lambda *args, **options: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path, *flags, epochs=1)
+    monkeypatch.undo()
+    toy(tmp_path, *flags, "--resume", "auto", epochs=1)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 12))
+    assert [event.step for event in events.Scalars("epoch/train_loss")] == [11]
+    assert read_log(tmp_path)[0]["train_loss"] == pytest.approx(events.Scalars("epoch/train_loss")[0].value)
 
 
 class Recorder(ModuleType):

@@ -453,7 +453,7 @@ def test_image_folder_run_resumes_with_workers(digit_files, tmp_path, monkeypatc
     record = main([*flags, "--output_dir", str(whole)])
     assert record["test_acc5"] == pytest.approx(100)  # three classes: all of them
     dies_at(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped, match="the end of epoch 1"):
+    with pytest.raises(Stopped, match="epoch 1, step 3 of 3"):
         main([*flags, "--output_dir", str(broken)])
     monkeypatch.undo()
     main([*flags, "--num_workers", "1", "--output_dir", str(broken), "--resume", "auto"])

@@ -197,8 +197,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeated-aug", action=argparse.BooleanOptionalAction, default=None,
         help="each image three times per epoch, for a third of the images (default, as published: with several "
         "processes)")  # fmt: skip
-    add("--ThreeAugment", action="store_true", help="DeiT III's augmentation instead of --aa")
-    add("--src", action="store_true", help="simple random crop, with --ThreeAugment")
+    add("--ThreeAugment", action="store_true", help="grey, solarize or blur, as in DeiT III, in place of --aa")
+    add("--src", action="store_true", help="simple random crop, as in DeiT III")
     add("--color-jitter", type=_not_negative, default=0.3)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy of timm, or none")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")

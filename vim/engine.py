@@ -84,6 +84,9 @@ class Position:
     skipped: int = 0  # updates, for a loss that was not finite
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, step {self.step}"
+
 
 class Update(NamedTuple):
     """One update: mean loss over its images, NaN if it was skipped; number of processes that have each wish."""

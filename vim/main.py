@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,20 @@ def create_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         "drop_path_rate": args.drop_path,
         "discretization_method": args.discretization_method,
     }
-    config = timm.get_pretrained_cfg(args.model)
-    if is_vision_mamba(args.model) or (config is not None and config.fixed_input_size):
-        options["img_size"] = args.input_size
     try:
-        model = timm.create_model(args.model, **{**options, **args.model_kwargs})
+        model = timm.create_model(args.model, **{**options, **_image_size(args.model, args), **args.model_kwargs})
         if args.grad_checkpointing:
             model.set_grad_checkpointing(True)
     except (TypeError, ValueError, AssertionError, AttributeError) as error:
         raise ConfigError(f"--model {args.model} cannot be built with these options: {error}") from error
     return model
+
+
+def _image_size(name: str, args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """The option that tells a model its image size, for those that want to know."""
+    config = timm.get_pretrained_cfg(name)
+    fixed = is_vision_mamba(name) or (config is not None and config.fixed_input_size)
+    return {"img_size": args.input_size} if fixed else {}
 
 
 def create_optimizer(args: argparse.Namespace, model: nn.Module, processes: int = 1) -> torch.optim.Optimizer:
@@ -122,78 +127,114 @@ def _train(
     if len(set(world.gather(source))) > 1:
         raise ConfigError(f"--output_dir {output}: the processes do not see the same files there; use a shared disk")
     checkpoint = load_checkpoint(source) if source else None
-    position, best_acc1 = Position(epoch=args.start_epoch), -math.inf
     images_per_update = args.batch_size * args.grad_accum_steps * world.size
     if checkpoint is not None:
         check_same_run(checkpoint, vars(args), images_per_update, source)
     test_loader = _test_loader(args, world)
     trainer = _trainer(args, test_loader.classes, world, console, load_finetune=checkpoint is None)
+    run = _Run(args, trainer, test_loader, output, wishes, images_per_update, Position(epoch=args.start_epoch))
     if checkpoint is not None:
-        position, best_acc1 = restore(trainer, checkpoint, source)
-        step = f", step {position.step} of {trainer.updates_per_epoch}" if position.step else ""
-        console.print(f"resumed from {source}, epoch {position.epoch - 1 + bool(step)}{step}")
-        del checkpoint
+        run.position, run.best_acc1 = restore(trainer, checkpoint, source)
+        console.print(f"resumed from {source}, {run.position} of {trainer.updates_per_epoch}")
+    del checkpoint  # the optimizer's state is large
     earlier = _read_log(output / "log.txt") if output is not None else []
-    records = [record for record in earlier if record["epoch"] < position.epoch]
-    constants = _constants(args, trainer.model)
+    run.records = [record for record in earlier if record["epoch"] < run.position.epoch]
     processes = f"{world.size} processes with " if world.size > 1 else ""
-    console.print(f"{args.model}, {constants['n_parameters']:,} parameters, on {processes}{world.device.type}; "
+    console.print(f"{args.model}, {run.constants['n_parameters']:,} parameters, on {processes}{world.device.type}; "
                   f"{args.data_set}, {len(test_loader.classes)} classes")  # fmt: skip
-
-    def save(*names: str) -> None:
-        """Every process takes part; the main one writes."""
-        state = snapshot(trainer, position, {"best_acc1": best_acc1, "images_per_update": images_per_update})
-        wishes.saved()
-        if world.is_main:
-            for name in names:
-                save_checkpoint(output / name, {**state, "args": vars(args)})
-
     epochs = args.epochs + args.cooldown_epochs
-    first_step = position.epoch * trainer.updates_per_epoch + position.step
-    with Loggers(args, first_step, world.is_main) as loggers, _explained(trainer.loader, test_loader):
-        if output is not None and world.is_main and position.epoch < epochs:
+    with Loggers(args, run.step + 1, world.is_main) as loggers, _explained(trainer.loader, test_loader):
+        if output is not None and world.is_main and run.position.epoch < epochs:
             save_config(output / "config.yaml", args, argv)
-        while position.epoch < epochs:
-            for update in trainer.train(position, wishes):
-                step = position.epoch * trainer.updates_per_epoch + position.step
-                loggers.write({"train/loss": update.loss, "train/lr": trainer.learning_rate}, step)
-                stop, due = update.wishes
-                if stop or due or (args.checkpoint_steps and position.step % args.checkpoint_steps == 0):
-                    save("checkpoint.pth")
-                if stop:
-                    raise Stopped(f"epoch {position.epoch}, step {position.step} of {trainer.updates_per_epoch}")
-            if any(world.sum([wishes.stop])):  # since the last update; evaluation would take too long
-                save("checkpoint.pth")
-                raise Stopped(f"the end of epoch {position.epoch}")
-            epoch, trained = position.epoch, trainer.summary(position)
-            tested = _scores(args, trainer.model, test_loader, world, console)
-            if not math.isfinite(tested["test_loss"]):
-                raise NonFiniteLossError(
-                    f"the loss on the held-out images is {tested['test_loss']} after epoch {epoch}; "
-                    "the epoch was not saved"
-                )
-            if trainer.ema is not None and not args.model_ema_force_cpu:
-                averaged = _scores(args, trainer.ema.module, test_loader, world, console)
-                tested |= {f"ema_{name}": value for name, value in averaged.items()}
-            memory = {"peak_memory_mb": peak_memory_mb(world.device)}
-            records.append({"epoch": epoch, **trained, **tested, **memory, **constants})
-            loggers.write({f"epoch/{name}": value for name, value in records[-1].items()}, step)
-            is_best = tested["test_acc1"] > best_acc1
-            best_acc1 = max(best_acc1, tested["test_acc1"])
-            position = Position(epoch=epoch + 1)
-            if output is not None:
-                if world.is_main:
-                    _write_log(output / "log.txt", records)
-                # checkpoint.pth last: what was written before it is written again if the run dies in between.
-                save(*(["best_checkpoint.pth"] if is_best else []), "checkpoint.pth")
-            console.print(
-                f"epoch {epoch}/{epochs}  train loss {trained['train_loss']:.4f}  "
-                f"test loss {tested['test_loss']:.4f}  acc@1 {tested['test_acc1']:.2f} %  best {best_acc1:.2f} %  "
-                f"{trained['images_per_s']:.0f} img/s"
+        while run.position.epoch < epochs:
+            run.train(loggers)
+            run.evaluate(loggers)
+    if not run.records:
+        raise ConfigError(f"--epochs {args.epochs}: nothing to do from epoch {run.position.epoch} on")
+    return run.records[-1]
+
+
+@dataclass
+class _Run:
+    """A training run at `position`; its methods do one epoch, and keep what came of it in `output`, if any."""
+
+    args: argparse.Namespace
+    trainer: Trainer
+    test_loader: Loader
+    output: Path | None
+    wishes: Wishes
+    images_per_update: int
+    position: Position
+    best_acc1: float = -math.inf
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Updates since the run began."""
+        return self.position.epoch * self.trainer.updates_per_epoch + self.position.step
+
+    @property
+    def constants(self) -> Record:
+        return _constants(self.args, self.trainer.model)
+
+    def train(self, loggers: Loggers) -> None:
+        """To the end of the epoch. Raises Stopped, after saving, if a signal came to any process."""
+        every = self.args.checkpoint_steps
+        for update in self.trainer.train(self.position, self.wishes):
+            loggers.write({"train/loss": update.loss, "train/lr": self.trainer.learning_rate}, self.step)
+            stop, due = update.wishes
+            if stop or due or (every and self.position.step % every == 0):
+                self.save("checkpoint.pth")
+            if stop:
+                raise Stopped(f"{self.position} of {self.trainer.updates_per_epoch}")
+        if any(self.trainer.world.sum([self.wishes.stop])):  # since the last update; evaluation may take too long
+            self.save("checkpoint.pth")
+            raise Stopped(f"{self.position} of {self.trainer.updates_per_epoch}")
+
+    def evaluate(self, loggers: Loggers) -> None:
+        """End the epoch: evaluate, log, save, and move `position` on.
+
+        Raises NonFiniteLossError if the loss is not finite; nothing is saved then.
+        """
+        args, world, epoch = self.args, self.trainer.world, self.position.epoch
+        trained = self.trainer.summary(self.position)
+        tested = _scores(args, self.trainer.model, self.test_loader, world, self.trainer.console)
+        if not math.isfinite(tested["test_loss"]):
+            raise NonFiniteLossError(
+                f"the loss on the held-out images is {tested['test_loss']} after epoch {epoch}; the epoch was not saved"
             )
-    if not records:
-        raise ConfigError(f"--epochs {args.epochs}: nothing to do from epoch {position.epoch} on")
-    return records[-1]
+        if self.trainer.ema is not None and not args.model_ema_force_cpu:
+            averaged = _scores(args, self.trainer.ema.module, self.test_loader, world, self.trainer.console)
+            tested |= {f"ema_{name}": value for name, value in averaged.items()}
+        memory = {"peak_memory_mb": peak_memory_mb(world.device)}
+        self.records.append({"epoch": epoch, **trained, **tested, **memory, **self.constants})
+        loggers.write({f"epoch/{name}": value for name, value in self.records[-1].items()}, self.step)
+        is_best = tested["test_acc1"] > self.best_acc1
+        self.best_acc1 = max(self.best_acc1, tested["test_acc1"])
+        self.position = Position(epoch=epoch + 1)
+        if self.output is not None:
+            if world.is_main:
+                _write_log(self.output / "log.txt", self.records)
+            # checkpoint.pth last: what was written before it is written again if the run dies in between.
+            self.save(*(["best_checkpoint.pth"] if is_best else []), "checkpoint.pth")
+        self.trainer.console.print(
+            f"epoch {epoch}/{args.epochs + args.cooldown_epochs}  train loss {trained['train_loss']:.4f}  "
+            f"test loss {tested['test_loss']:.4f}  acc@1 {tested['test_acc1']:.2f} %  best {self.best_acc1:.2f} %  "
+            f"{trained['images_per_s']:.0f} img/s"
+        )
+
+    def save(self, *names: str) -> None:
+        """Write the run as it is under all `names`; every process takes part, the main one writes."""
+        state = {
+            **snapshot(self.trainer, self.position),
+            "best_acc1": self.best_acc1,
+            "images_per_update": self.images_per_update,
+            "args": vars(self.args),
+        }
+        self.wishes.saved()
+        if self.trainer.world.is_main:
+            for name in names:
+                save_checkpoint(self.output / name, state)
 
 
 def _trainer(
@@ -272,9 +313,11 @@ def _freeze_all_but_mixers(args: argparse.Namespace, model: nn.Module) -> None:
 def _teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
     if args.distillation_type == "none":
         return None
-    config = timm.get_pretrained_cfg(args.teacher_model)
-    size = {"img_size": args.input_size} if config is not None and config.fixed_input_size else {}
-    teacher = timm.create_model(args.teacher_model, num_classes=num_classes, in_chans=_channels(args), **size)
+    name, options = args.teacher_model, {"num_classes": num_classes, "in_chans": _channels(args)}
+    try:
+        teacher = timm.create_model(name, **options, **_image_size(name, args))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"--teacher-model {name} cannot be built for these images: {error}") from error
     load_weights(teacher, load_checkpoint(args.teacher_path), args.teacher_path)
     return teacher.to(device)
 

@@ -106,8 +106,8 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def snapshot(trainer: Trainer, position: Position, more: Mapping[str, Any]) -> dict[str, Any]:
-    """A run as a dict of tensors and plain types, with `more`; every process must call it.
+def snapshot(trainer: Trainer, position: Position) -> dict[str, Any]:
+    """What training changes, as a dict of tensors and plain types; every process must call it.
 
     `epoch` is the last whole one. The schedule needs nothing: it is a function of the flags and the update. Nor does
     the loader: its order and augmentation are functions of the seed and `position`.
@@ -120,7 +120,6 @@ def snapshot(trainer: Trainer, position: Position, more: Mapping[str, Any]) -> d
         "epoch": position.epoch - 1,
         "position": dataclasses.asdict(position),
         "rng": trainer.world.gather(rng_state(trainer.world.device)),
-        **more,
     }
 
 
