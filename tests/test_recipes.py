@@ -142,6 +142,18 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(stand_in, name):
     assert command[:3] == [os.environ["PYTHON"], "-m", "torch.distributed.run"] and "/my images" in command
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_command_in_a_recipes_header_starts_that_recipe(stand_in, path):
+    (line,) = (line for line in path.read_text().splitlines() if line.startswith("# Command"))
+    name, *argv = shlex.split(line.removeprefix("# Command").partition("(")[0])
+    if "finetune" in name:
+        Path(argv[3]).parent.mkdir(parents=True)
+        Path(argv[3]).touch()
+    result = script(name.removeprefix("scripts/"), "--dry-run", *argv)
+    assert result.returncode == 0, result.stderr
+    assert f"--config vim/configs/{path.name} " in result.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "argv", "said"),
     [
@@ -201,12 +213,13 @@ def test_a_sweep_runs_every_method_with_every_seed(stand_in, tmp_path):
     assert result.stdout.splitlines() == [f'{method}-seed{seed}  {{"epoch": 0}}' for method, seed in runs]
 
 
-def wait_for(path: Path) -> None:
-    for _ in range(400):
-        if path.exists():
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{path} was not made")
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"{path} was not made")
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -214,7 +227,7 @@ def test_an_interrupted_sweep_lets_the_run_save_and_starts_no_other(stand_in, mo
     monkeypatch.setenv("LONG", "1")
     command = [ROOT / "scripts" / "sweep.sh", "--methods", "zoh rk4", "--output", "sweep", str(CONFIGS[0]), "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sweep:
-        wait_for(stand_in / "started")
+        wait_for(stand_in / "started", sweep)
         sweep.send_signal(number)
         said, _ = sweep.communicate(timeout=30)
     assert sweep.returncode == 0 and said == "sweep: interrupted; the same command goes on\n"
@@ -287,7 +300,7 @@ def test_a_slurm_job_saves_and_is_requeued(slurm, tmp_path, number):
     """Slurm sends SIGUSR1 to the batch shell; on preemption SIGTERM, after having told the steps itself."""
     (tmp_path / "python").write_text(TORCHRUN.format(python=sys.executable))
     with subprocess.Popen([SBATCH, "--resume", "auto"], stdout=subprocess.PIPE, text=True) as job:
-        wait_for(slurm / "started")
+        wait_for(slurm / "started", job)
         job.send_signal(number)
         if number == signal.SIGTERM:
             for process in (slurm / "processes").read_text().split():
