@@ -27,8 +27,8 @@ std::int64_t checkpoint_interval(std::int64_t states) {
   return std::clamp<std::int64_t>((states + 15) / 16 * 16, 32, 256);
 }
 constexpr std::int64_t kForwardChunk = 64;
-// The backward pass is cut into about this many tasks, whatever the machine, so that its sums do not depend on it.
-constexpr std::int64_t kBackwardTasks = 64;
+// The backward pass has about this many partial sums, whatever the machine, so that its results do not depend on it.
+constexpr std::int64_t kBackwardSums = 64;
 
 Tensor contiguous_float(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
@@ -102,18 +102,18 @@ int find_method(const std::string& name) {
 // The working memory of one thread, aligned to cache lines.
 class ScratchMemory {
  public:
-  ScratchMemory(const ScanParams& p, int lanes, int step_rows, int state_rows) {
+  ScratchMemory(const ScanParams& p, int lanes, int step_rows, int state_rows, std::int64_t blocks) {
+    const auto aligned = [](std::int64_t floats) { return (floats + 15) / 16 * 16; };
     // Three rows more than a chunk: one for the state before it, and so that the starts do not all share a cache set.
-    const std::int64_t steps = (p.chunk + 3) * lanes, states = p.states * lanes;
-    const std::int64_t matrix = std::max((p.chunk * p.states + 15) / 16 * 16, states);
-    const std::int64_t delta_input = (p.chunk * p.rank + 15) / 16 * 16;
-    const std::size_t bytes = 4 * (step_rows * steps + state_rows * states + 2 * matrix + delta_input + p.rank * lanes);
-    memory_.reset(static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+    const std::int64_t steps = aligned((p.chunk + 3) * lanes), states = aligned(p.states * lanes);
+    const std::int64_t matrix = aligned(p.chunk * p.states), delta_input = aligned(p.chunk * p.rank);
+    const std::int64_t block = state_rows * states + aligned(p.rank * lanes);
+    const std::size_t bytes = 4 * (step_rows * steps + 2 * matrix + delta_input + blocks * block);
+    memory_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
     STD_TORCH_CHECK(memory_ != nullptr, "selective_scan: out of memory for ", bytes, " bytes of working memory");
-    float* state_data = memory_.get() + step_rows * steps;
-    float* B = state_data + state_rows * states;
+    float* B = memory_.get() + step_rows * steps;
     float* C = B + matrix;
-    scratch_ = {memory_.get(), steps, state_data, states, B, C, C + matrix, C + matrix + delta_input};
+    scratch_ = {memory_.get(), steps, B, C, C + matrix, C + matrix + delta_input, block, states, state_rows};
   }
   const ScanScratch& get() const { return scratch_; }
 
@@ -124,6 +124,15 @@ class ScratchMemory {
   std::unique_ptr<float, Free> memory_;
   ScanScratch scratch_;
 };
+
+// How many tasks share the `parts` (blocks, or splits of them) of a batch element and group: as few as keep all threads
+// equally busy, so that a task walks through as much neighbouring memory as it can.
+std::int64_t choose_runs(const ScanParams& p, std::int64_t parts) {
+  const std::int64_t threads = torch::stable::get_num_threads(), each = p.batch * p.groups;
+  std::int64_t runs = 1;
+  while (runs < parts && each * runs < 4 * threads && each * runs % threads != 0) ++runs;
+  return runs;
+}
 
 std::int64_t blocks_per_group(const ScanParams& p, int lanes) { return (p.channels / p.groups + lanes - 1) / lanes; }
 
@@ -195,10 +204,10 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
   p.last_state = static_cast<float*>(last_state.data_ptr());
   p.checkpoints = save_checkpoints ? static_cast<float*>(checkpoints.data_ptr()) : nullptr;
 
-  const std::int64_t splits = blocks_per_group(p, kernels.lanes);
-  torch::stable::parallel_for(0, p.batch * p.groups * splits, 1, [&](std::int64_t begin, std::int64_t end) {
-    const ScratchMemory scratch(p, kernels.lanes, kForwardStepRows, kForwardStateRows);
-    for (std::int64_t i = begin; i < end; ++i) kernels.forward(p, i, splits, scratch.get());
+  const std::int64_t blocks = blocks_per_group(p, kernels.lanes), runs = choose_runs(p, blocks);
+  torch::stable::parallel_for(0, p.batch * p.groups * runs, 1, [&](std::int64_t begin, std::int64_t end) {
+    const ScratchMemory scratch(p, kernels.lanes, kForwardStepRows, kForwardStateRows, (blocks + runs - 1) / runs);
+    for (std::int64_t i = begin; i < end; ++i) kernels.forward(p, i, runs, scratch.get());
   });
   return {out, last_state, checkpoints};
 }
@@ -277,12 +286,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dinitial_state = new_floats(u, {p.batch, p.channels, p.states});
 
   ScanGradients g{};
-  // Each task has sums of its own for dB and dC; the second bound keeps all of them within the size of u (for large N:
-  // within 4 N per step and batch element).
-  const std::int64_t per_group = p.channels / p.groups;
-  const std::int64_t most =
-      std::min(blocks_per_group(p, kernels.lanes), std::max<std::int64_t>(4, per_group / p.states));
-  g.splits = std::clamp<std::int64_t>((kBackwardTasks + p.batch * p.groups - 1) / (p.batch * p.groups), 1, most);
+  // Each split has sums of its own for dB and dC; the second bound keeps all of them within the size of u (for large N:
+  // within 8 N per step and batch element).
+  const std::int64_t per_group = p.channels / p.groups, blocks = blocks_per_group(p, kernels.lanes);
+  const std::int64_t most = std::min(blocks, std::max<std::int64_t>(4, per_group / p.states / 2));
+  g.splits = std::clamp<std::int64_t>((kBackwardSums + p.batch * p.groups - 1) / (p.batch * p.groups), 1, most);
   const auto new_sums = [&](const InputMatrix& m) {
     return m.constant ? new_floats(u, {p.batch, p.channels, p.states})
                       : new_floats(u, {p.batch, p.groups, g.splits, p.states, p.length});
@@ -301,9 +309,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   g.dB = static_cast<float*>(dB.data_ptr());
   g.dC = static_cast<float*>(dC.data_ptr());
 
-  torch::stable::parallel_for(0, p.batch * p.groups * g.splits, 1, [&](std::int64_t begin, std::int64_t end) {
-    const ScratchMemory scratch(p, kernels.lanes, kBackwardStepRows, kBackwardStateRows);
-    for (std::int64_t i = begin; i < end; ++i) kernels.backward(p, g, i, scratch.get());
+  // Threads share the splits, which do not depend on their number.
+  const std::int64_t runs = choose_runs(p, g.splits), splits_per_run = (g.splits + runs - 1) / runs;
+  const std::int64_t most_blocks = splits_per_run * ((blocks + g.splits - 1) / g.splits);
+  torch::stable::parallel_for(0, p.batch * p.groups * runs, 1, [&](std::int64_t begin, std::int64_t end) {
+    const ScratchMemory scratch(p, kernels.lanes, kBackwardStepRows, kBackwardStateRows, most_blocks);
+    for (std::int64_t i = begin; i < end; ++i) kernels.backward(p, g, i, runs, scratch.get());
   });
 
   const auto finish = [&](const Tensor& sums, const InputMatrix& m) {

@@ -1,5 +1,6 @@
-// The selective scan on SIMD lanes. One lane is one channel; a task walks a few neighbouring blocks of kLanes channels
-// of one batch element and group through time, chunk by chunk:
+// The selective scan on SIMD lanes. One lane is one channel; a task walks neighbouring blocks of kLanes channels of one
+// batch element and group through time together, chunk by chunk and in each chunk block by block, so that channel-last
+// memory is read nearly in its order:
 //
 //     stage     a chunk of u, Δ (softplus applied), z as fp32 rows of kLanes channels
 //     scan      for each state n: A, the state and the method's coefficients stay in registers over the chunk's steps
@@ -25,8 +26,19 @@ namespace MAMBA_SSM_ISA {
 
 // The neighbouring channels that a task works on at one time.
 struct Block {
-  std::int64_t batch, channel;
+  std::int64_t batch, group, channel;
   int count;  // channels in use; the lanes past them compute on zeros
+};
+
+// The blocks [first, last) of one batch element and group: what a task works on.
+struct Run {
+  std::int64_t batch, group, first, last;
+  std::int64_t first_channel, group_end;  // of the group
+  MAMBA_SSM_INLINE std::int64_t count() const { return last - first; }
+  MAMBA_SSM_INLINE Block block(std::int64_t i) const {
+    const std::int64_t channel = first_channel + (first + i) * kLanes, left = group_end - channel;
+    return {batch, group, channel, static_cast<int>(left < kLanes ? left : kLanes)};
+  }
 };
 
 // The steps [first, first + steps) of the scan's own order; `time` maps them to positions, backwards under `reverse`.
@@ -235,10 +247,10 @@ MAMBA_SSM_ONCE void project_delta(const StateRows& input, const float* weight, s
 
 // delta of a chunk before bias and softplus: read where it lies, copied to `rows`, or projected into them.
 MAMBA_SSM_INLINE RowView delta_view(const ScanParams& p, const Block& block, const Chunk& chunk,
-                                    const ScanScratch& scratch, float* rows) {
+                                    const ScanScratch& scratch, const float* weight, float* rows) {
   if (p.delta_weight == nullptr) return read_view(p.delta, block, chunk, rows);
   const StateRows input = stage_state_rows(p.delta_input, block.batch, 0, chunk, p.rank, scratch.delta_input);
-  project_delta(input, scratch.delta_weight, p.rank, chunk.steps, rows);
+  project_delta(input, weight, p.rank, chunk.steps, rows);
   return {rows, kLanes};
 }
 
@@ -269,10 +281,10 @@ MAMBA_SSM_INLINE float* checkpoint(const ScanParams& p, const Block& block, std:
   return p.checkpoints + row * p.states + n * block.count;
 }
 
-// Points `rows` at the constant form, staged once per block, or stages the chunk of the varying form.
+// The constant form, staged once per block, or the chunk of the varying form.
 MAMBA_SSM_INLINE StateRows matrix_rows(const InputMatrix& m, const ScanParams& p, const Block& block,
-                                       std::int64_t group, const Chunk& chunk, float* buffer) {
-  return m.constant ? StateRows{buffer, 0} : stage_state_rows(m, block.batch, group, chunk, p.states, buffer);
+                                       const Chunk& chunk, float* constant, float* buffer) {
+  return m.constant ? StateRows{constant, 0} : stage_state_rows(m, block.batch, block.group, chunk, p.states, buffer);
 }
 
 // ---- forward ---------------------------------------------------------------------------------------------------
@@ -343,71 +355,75 @@ void scan_states(const ForwardRows& rows, std::int64_t states, int steps) {
 }
 using ScanStates = void (*)(const ForwardRows&, std::int64_t, int);
 
-MAMBA_SSM_ONCE void forward_block(const ScanParams& p, ScanStates scan, const Block& block, std::int64_t group,
+// The rows of one block that last from chunk to chunk.
+struct ForwardBlock {
+  float *A, *state, *B, *C, *delta_weight;
+  MAMBA_SSM_INLINE ForwardBlock(const ScanScratch& scratch, std::int64_t i)
+      : A(scratch.block_rows(i, 0)),
+        state(scratch.block_rows(i, 1)),
+        B(scratch.block_rows(i, 2)),
+        C(scratch.block_rows(i, 3)),
+        delta_weight(scratch.delta_weight(i)) {}
+};
+
+MAMBA_SSM_ONCE void begin_forward(const ScanParams& p, const Block& block, const ForwardBlock& rows) {
+  const std::int64_t offset = block.batch * p.channels * p.states;
+  load_states(p.A, p.states, block, rows.A, -1.0f);
+  load_states(p.initial_state == nullptr ? nullptr : p.initial_state + offset, p.states, block, rows.state);
+  if (p.B.constant) load_constant_matrix(p.B, p.states, block, rows.B);
+  if (p.C.constant) load_constant_matrix(p.C, p.states, block, rows.C);
+  if (p.delta_weight != nullptr) load_states(p.delta_weight, p.rank, block, rows.delta_weight);
+}
+
+// One chunk of one block; next_block at next is what the task does afterwards.
+MAMBA_SSM_ONCE void forward_chunk(const ScanParams& p, ScanStates scan, const Block& block, const Chunk& chunk,
+                                  const ForwardBlock& rows, const Block& next_block, const Chunk& next,
                                   const ScanScratch& scratch) {
   const vfloat bias = load_parameter(p.delta_bias, block);
   const vfloat skip = load_parameter(p.D, block);
-  float* delta = scratch.step_rows(0);
-  float* u = scratch.step_rows(1);
-  float* y = scratch.step_rows(2);
+  float *delta = scratch.step_rows(0), *u = scratch.step_rows(1), *y = scratch.step_rows(2);
   float* other = scratch.step_rows(3);  // addend, then z
-  float* A = scratch.state_rows(0);
-  float* state = scratch.state_rows(1);
-
-  const std::int64_t batch_offset = block.batch * p.channels * p.states;
-  load_states(p.A, p.states, block, A, -1.0f);
-  load_states(p.initial_state == nullptr ? nullptr : p.initial_state + batch_offset, p.states, block, state);
-  if (p.B.constant) load_constant_matrix(p.B, p.states, block, scratch.B);
-  if (p.C.constant) load_constant_matrix(p.C, p.states, block, scratch.C);
-  if (p.delta_weight != nullptr) load_states(p.delta_weight, p.rank, block, scratch.delta_weight);
-
-  for (std::int64_t first = 0; first < p.length; first += p.chunk) {
-    const Chunk chunk = chunk_at(p, first);
-    if (p.checkpoints != nullptr) {
-      for (std::int64_t n = 0; n < p.states; ++n) {
-        store_elements(checkpoint(p, block, first / p.chunk, n), 0, Dtype::f32, block.count, load(state + n * kLanes));
-      }
+  if (p.checkpoints != nullptr) {
+    for (std::int64_t n = 0; n < p.states; ++n) {
+      store_elements(checkpoint(p, block, chunk.first / p.chunk, n), 0, Dtype::f32, block.count,
+                     load(rows.state + n * kLanes));
     }
-    apply_delta_rule(p, bias, chunk.steps, delta_view(p, block, chunk, scratch, delta), delta, nullptr);
-    const RowView u_view = read_view(p.u, block, chunk, u);
-    if (p.addend.data == nullptr) {
-      for (int t = 0; t < chunk.steps; ++t) {
-        const vfloat u_t = u_view.read(t);
-        store(u + t * kLanes, u_t);
-        store(y + t * kLanes, skip * u_t);
-      }
-    } else {
-      const RowView addend = read_view(p.addend, block, chunk, other);
-      for (int t = 0; t < chunk.steps; ++t) {
-        const vfloat u_t = u_view.read(t);
-        store(u + t * kLanes, u_t);
-        store(y + t * kLanes, skip * u_t + addend.read(t));
-      }
-    }
-    // What comes next is the next chunk, or the first one of the block beside this.
-    const bool last = first + p.chunk >= p.length;
-    const Block next_block{block.batch, last ? block.channel + kLanes : block.channel, kLanes};
-    const Chunk next = chunk_at(p, last ? 0 : first + p.chunk);
-    scan({delta,
-          u,
-          y,
-          A,
-          state,
-          matrix_rows(p.B, p, block, group, chunk, scratch.B),
-          matrix_rows(p.C, p, block, group, chunk, scratch.C),
-          {p.delta_weight == nullptr ? next_rows(p.delta, next_block, next) : next_rows(p.out, block, chunk),
-           next_rows(p.u, next_block, next), next_rows(p.addend, next_block, next), next_rows(p.z, block, chunk)}},
-         p.states, chunk.steps);
-    const RowView out = write_view(p.out, block, chunk, y);
-    if (p.z.data == nullptr) {
-      for (int t = 0; t < chunk.steps; ++t) out.write(t, load(y + t * kLanes) * p.scale);
-    } else {
-      const RowView z = read_view(p.z, block, chunk, other);
-      for (int t = 0; t < chunk.steps; ++t) out.write(t, load(y + t * kLanes) * (silu(z.read(t)) * p.scale));
-    }
-    finish_writing(p.out, block, chunk, out);
   }
-  store_states(p.last_state + batch_offset, p.states, block, state);
+  apply_delta_rule(p, bias, chunk.steps, delta_view(p, block, chunk, scratch, rows.delta_weight, delta), delta,
+                   nullptr);
+  const RowView u_view = read_view(p.u, block, chunk, u);
+  if (p.addend.data == nullptr) {
+    for (int t = 0; t < chunk.steps; ++t) {
+      const vfloat u_t = u_view.read(t);
+      store(u + t * kLanes, u_t);
+      store(y + t * kLanes, skip * u_t);
+    }
+  } else {
+    const RowView addend = read_view(p.addend, block, chunk, other);
+    for (int t = 0; t < chunk.steps; ++t) {
+      const vfloat u_t = u_view.read(t);
+      store(u + t * kLanes, u_t);
+      store(y + t * kLanes, skip * u_t + addend.read(t));
+    }
+  }
+  scan({delta,
+        u,
+        y,
+        rows.A,
+        rows.state,
+        matrix_rows(p.B, p, block, chunk, rows.B, scratch.B),
+        matrix_rows(p.C, p, block, chunk, rows.C, scratch.C),
+        {p.delta_weight == nullptr ? next_rows(p.delta, next_block, next) : next_rows(p.out, block, chunk),
+         next_rows(p.u, next_block, next), next_rows(p.addend, next_block, next), next_rows(p.z, block, chunk)}},
+       p.states, chunk.steps);
+  const RowView out = write_view(p.out, block, chunk, y);
+  if (p.z.data == nullptr) {
+    for (int t = 0; t < chunk.steps; ++t) out.write(t, load(y + t * kLanes) * p.scale);
+  } else {
+    const RowView z = read_view(p.z, block, chunk, other);
+    for (int t = 0; t < chunk.steps; ++t) out.write(t, load(y + t * kLanes) * (silu(z.read(t)) * p.scale));
+  }
+  finish_writing(p.out, block, chunk, out);
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------
@@ -573,8 +589,38 @@ struct AdjointLoops {
   }
 };
 
-MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, const AdjointLoops& loops,
-                                   const Block& block, std::int64_t group, std::int64_t split,
+// The rows of one block that last from chunk to chunk.
+struct BackwardBlock {
+  float *A, *carried, *dA, *dB, *dC, *B, *C, *dD, *dbias, *delta_weight;
+  MAMBA_SSM_INLINE BackwardBlock(const ScanScratch& scratch, std::int64_t i)
+      : A(scratch.block_rows(i, 0)),
+        carried(scratch.block_rows(i, 1)),
+        dA(scratch.block_rows(i, 2)),
+        dB(scratch.block_rows(i, 3)),
+        dC(scratch.block_rows(i, 4)),
+        B(scratch.block_rows(i, 5)),
+        C(scratch.block_rows(i, 6)),
+        dD(scratch.block_rows(i, 7)),
+        dbias(scratch.block_rows(i, 8)),
+        delta_weight(scratch.delta_weight(i)) {}
+};
+
+MAMBA_SSM_ONCE void begin_backward(const ScanParams& p, const ScanGradients& g, const Block& block,
+                                   const BackwardBlock& state) {
+  const std::int64_t offset = block.batch * p.channels * p.states;
+  load_states(p.A, p.states, block, state.A, -1.0f);
+  load_states(g.dlast_state == nullptr ? nullptr : g.dlast_state + offset, p.states, block, state.carried);
+  for (float* rows : {state.dA, state.dB, state.dC}) load_states(nullptr, p.states, block, rows);
+  for (float* row : {state.dD, state.dbias}) store(row, vfloat{});
+  if (p.B.constant) load_constant_matrix(p.B, p.states, block, state.B);
+  if (p.C.constant) load_constant_matrix(p.C, p.states, block, state.C);
+  if (p.delta_weight != nullptr) load_states(p.delta_weight, p.rank, block, state.delta_weight);
+}
+
+// One chunk of one block; next_block at next is what the task does afterwards.
+MAMBA_SSM_ONCE void backward_chunk(const ScanParams& p, const ScanGradients& g, const AdjointLoops& loops,
+                                   const Block& block, std::int64_t split, const Chunk& chunk,
+                                   const BackwardBlock& state, const Block& next_block, const Chunk& next,
                                    const ScanScratch& scratch) {
   const vfloat bias = load_parameter(p.delta_bias, block);
   const vfloat skip = load_parameter(p.D, block);
@@ -584,119 +630,107 @@ MAMBA_SSM_ONCE void backward_block(const ScanParams& p, const ScanGradients& g, 
         *y = scratch.step_rows(row++), *du = scratch.step_rows(row++), *ddelta = scratch.step_rows(row++),
         *dz = scratch.step_rows(row++),  // z at first
             *softplus_slope = scratch.step_rows(row++);
-  float *A = scratch.state_rows(0), *carried = scratch.state_rows(1), *dA = scratch.state_rows(2),
-        *dB = scratch.state_rows(3), *dC = scratch.state_rows(4);
-  BackwardRows rows{delta, u, dy, gated ? y : nullptr, du, ddelta, A, carried, dA, {}, {}, {}, {}};
+  BackwardRows rows{delta, u, dy, gated ? y : nullptr, du, ddelta, state.A, state.carried, state.dA, {}, {}, {}, {}};
   for (BackwardRows::State& s : rows.state) {
     s.h = scratch.step_rows(row++) + kLanes;
     for (float** pointer : {&s.g, &s.a_bar, &s.slope, &s.c, &s.c_delta, &s.c_A}) *pointer = scratch.step_rows(row++);
     if (loops.input_is_delta) s.c = delta;
   }
 
-  const std::int64_t batch_offset = block.batch * p.channels * p.states;
-  load_states(p.A, p.states, block, A, -1.0f);
-  load_states(g.dlast_state == nullptr ? nullptr : g.dlast_state + batch_offset, p.states, block, carried);
-  load_states(nullptr, p.states, block, dA);
-  load_states(nullptr, p.states, block, dB);
-  load_states(nullptr, p.states, block, dC);
-  if (p.B.constant) load_constant_matrix(p.B, p.states, block, scratch.B);
-  if (p.C.constant) load_constant_matrix(p.C, p.states, block, scratch.C);
-  if (p.delta_weight != nullptr) load_states(p.delta_weight, p.rank, block, scratch.delta_weight);
-
-  vfloat dD{}, dbias{};
-  for (std::int64_t index = chunk_count(p) - 1; index >= 0; --index) {
-    const Chunk chunk = chunk_at(p, index * p.chunk);
-    apply_delta_rule(p, bias, chunk.steps, delta_view(p, block, chunk, scratch, delta), delta, softplus_slope);
-    const RowView u_view = read_view(p.u, block, chunk, u), dout = read_view(g.dout, block, chunk, dy);
-    const RowView z_view = gated ? read_view(p.z, block, chunk, dz) : RowView{};
-    vfloat chunk_dD{}, chunk_dbias{}, largest{};
-    for (int t = 0; t < chunk.steps; ++t) {
-      const std::int64_t i = t * kLanes;
-      const vfloat step = abs(load(delta + i));
-      largest = step > largest ? step : largest;
-      const vfloat u_t = u_view.read(t);
-      vfloat gradient = dout.read(t) * p.scale;
-      store(u + i, u_t);
-      if (gated) {
-        const vfloat z = at_least(z_view.read(t), -87.0f), s = sigmoid(z);  // below, silu is 0
-        store(dz + i, gradient * silu_slope(z, s));                         // but for the factor y
-        gradient *= z * s;
-        store(y + i, skip * u_t);
-      }
-      store(dy + i, gradient);
-      chunk_dD += gradient * u_t;
-      store(du + i, vfloat{});
-      store(ddelta + i, vfloat{});
-    }
-
-    float largest_delta[kLanes];
-    store(largest_delta, largest);
-
-    rows.B = matrix_rows(p.B, p, block, group, chunk, scratch.B);
-    rows.C = matrix_rows(p.C, p, block, group, chunk, scratch.C);
-    const Block next_block{block.batch, index == 0 ? block.channel + kLanes : block.channel, kLanes};
-    const Chunk next = chunk_at(p, (index == 0 ? chunk_count(p) - 1 : index - 1) * p.chunk);
-    int i = 0;
-    for (const Activation& a : {p.delta, p.u, g.dout, p.z}) rows.next[i++] = next_rows(a, next_block, next);
-    for (const Activation& a : {g.du, g.ddelta, g.dz, g.dz_addend}) rows.next[i++] = next_rows(a, block, chunk);
-    const std::int64_t sums = ((block.batch * p.groups + group) * g.splits + split) * p.states * p.length;
-    for (std::int64_t n = 0; n < p.states;) {
-      const int count = p.states - n >= kAdjointUnroll ? kAdjointUnroll : 1;
-      for (int j = 0; j < count; ++j) {
-        const float* before = checkpoint(p, block, index, n + j);
-        store(rows.state[j].h - kLanes, load_elements(before, 0, Dtype::f32, block.count));
-      }
-      loops.choose(A + n * kLanes, count, largest_delta)(rows, n, chunk.steps);
-      for (int j = 0; j < count; ++j, ++n) {
-        const RowProduct for_B{rows.state[j].g, rows.state[j].c, u}, for_C{rows.state[j].h, dy, nullptr};
-        if (p.B.constant) {
-          add_step_sums(for_B, chunk, dB + n * kLanes);
-        } else {
-          add_lane_sums(for_B, chunk, g.dB + sums + n * p.length);
-        }
-        if (p.C.constant) {
-          add_step_sums(for_C, chunk, dC + n * kLanes);
-        } else {
-          add_lane_sums(for_C, chunk, g.dC + sums + n * p.length);
-        }
-      }
-    }
-
-    const RowView du_out = write_view(g.du, block, chunk, du), ddelta_out = write_view(g.ddelta, block, chunk, ddelta);
-    for (int t = 0; t < chunk.steps; ++t) {
-      const std::int64_t i = t * kLanes;
-      vfloat from_states = load(du + i), gradient = load(ddelta + i);
-      if (loops.input_is_delta) {
-        gradient += from_states * load(u + i);
-        from_states *= load(delta + i);
-      }
-      gradient *= load(softplus_slope + i);
-      chunk_dbias += gradient;
-      ddelta_out.write(t, gradient);
-      du_out.write(t, from_states + skip * load(dy + i));
-    }
-    finish_writing(g.ddelta, block, chunk, ddelta_out);
-    finish_writing(g.du, block, chunk, du_out);
-    dD += chunk_dD;
-    dbias += chunk_dbias;
+  apply_delta_rule(p, bias, chunk.steps, delta_view(p, block, chunk, scratch, state.delta_weight, delta), delta,
+                   softplus_slope);
+  const RowView u_view = read_view(p.u, block, chunk, u), dout = read_view(g.dout, block, chunk, dy);
+  const RowView z_view = gated ? read_view(p.z, block, chunk, dz) : RowView{};
+  vfloat chunk_dD{}, chunk_dbias{}, largest{};
+  for (int t = 0; t < chunk.steps; ++t) {
+    const std::int64_t i = t * kLanes;
+    const vfloat step = abs(load(delta + i));
+    largest = step > largest ? step : largest;
+    const vfloat u_t = u_view.read(t);
+    vfloat gradient = dout.read(t) * p.scale;
+    store(u + i, u_t);
     if (gated) {
-      const bool has_addend = g.dz_addend.data != nullptr;
-      const RowView addend = has_addend ? read_view(g.dz_addend, block, chunk, dy) : RowView{};
-      const RowView dz_out = write_view(g.dz, block, chunk, dz);
-      for (int t = 0; t < chunk.steps; ++t) {
-        const vfloat gradient = load(dz + t * kLanes) * load(y + t * kLanes);
-        dz_out.write(t, has_addend ? gradient + addend.read(t) : gradient);
+      const vfloat z = at_least(z_view.read(t), -87.0f), s = sigmoid(z);  // below, silu is 0
+      store(dz + i, gradient * silu_slope(z, s));                         // but for the factor y
+      gradient *= z * s;
+      store(y + i, skip * u_t);
+    }
+    store(dy + i, gradient);
+    chunk_dD += gradient * u_t;
+    store(du + i, vfloat{});
+    store(ddelta + i, vfloat{});
+  }
+
+  float largest_delta[kLanes];
+  store(largest_delta, largest);
+
+  rows.B = matrix_rows(p.B, p, block, chunk, state.B, scratch.B);
+  rows.C = matrix_rows(p.C, p, block, chunk, state.C, scratch.C);
+  int i = 0;
+  for (const Activation& a : {p.delta, p.u, g.dout, p.z}) rows.next[i++] = next_rows(a, next_block, next);
+  for (const Activation& a : {g.du, g.ddelta, g.dz, g.dz_addend}) rows.next[i++] = next_rows(a, block, chunk);
+  const std::int64_t sums = ((block.batch * p.groups + block.group) * g.splits + split) * p.states * p.length;
+  for (std::int64_t n = 0; n < p.states;) {
+    const int count = p.states - n >= kAdjointUnroll ? kAdjointUnroll : 1;
+    for (int j = 0; j < count; ++j) {
+      const float* before = checkpoint(p, block, chunk.first / p.chunk, n + j);
+      store(rows.state[j].h - kLanes, load_elements(before, 0, Dtype::f32, block.count));
+    }
+    loops.choose(state.A + n * kLanes, count, largest_delta)(rows, n, chunk.steps);
+    for (int j = 0; j < count; ++j, ++n) {
+      const RowProduct for_B{rows.state[j].g, rows.state[j].c, u}, for_C{rows.state[j].h, dy, nullptr};
+      if (p.B.constant) {
+        add_step_sums(for_B, chunk, state.dB + n * kLanes);
+      } else {
+        add_lane_sums(for_B, chunk, g.dB + sums + n * p.length);
       }
-      finish_writing(g.dz, block, chunk, dz_out);
+      if (p.C.constant) {
+        add_step_sums(for_C, chunk, state.dC + n * kLanes);
+      } else {
+        add_lane_sums(for_C, chunk, g.dC + sums + n * p.length);
+      }
     }
   }
-  store_states(g.dinitial_state + batch_offset, p.states, block, carried);
-  store_states(g.dA + batch_offset, p.states, block, dA);
-  if (p.B.constant) store_states(g.dB + batch_offset, p.states, block, dB);
-  if (p.C.constant) store_states(g.dC + batch_offset, p.states, block, dC);
+
+  const RowView du_out = write_view(g.du, block, chunk, du), ddelta_out = write_view(g.ddelta, block, chunk, ddelta);
+  for (int t = 0; t < chunk.steps; ++t) {
+    const std::int64_t i = t * kLanes;
+    vfloat from_states = load(du + i), gradient = load(ddelta + i);
+    if (loops.input_is_delta) {
+      gradient += from_states * load(u + i);
+      from_states *= load(delta + i);
+    }
+    gradient *= load(softplus_slope + i);
+    chunk_dbias += gradient;
+    ddelta_out.write(t, gradient);
+    du_out.write(t, from_states + skip * load(dy + i));
+  }
+  finish_writing(g.ddelta, block, chunk, ddelta_out);
+  finish_writing(g.du, block, chunk, du_out);
+  store(state.dD, load(state.dD) + chunk_dD);
+  store(state.dbias, load(state.dbias) + chunk_dbias);
+  if (gated) {
+    const bool has_addend = g.dz_addend.data != nullptr;
+    const RowView addend = has_addend ? read_view(g.dz_addend, block, chunk, dy) : RowView{};
+    const RowView dz_out = write_view(g.dz, block, chunk, dz);
+    for (int t = 0; t < chunk.steps; ++t) {
+      const vfloat gradient = load(dz + t * kLanes) * load(y + t * kLanes);
+      dz_out.write(t, has_addend ? gradient + addend.read(t) : gradient);
+    }
+    finish_writing(g.dz, block, chunk, dz_out);
+  }
+}
+
+MAMBA_SSM_ONCE void end_backward(const ScanParams& p, const ScanGradients& g, const Block& block,
+                                 const BackwardBlock& state) {
+  const std::int64_t offset = block.batch * p.channels * p.states;
+  store_states(g.dinitial_state + offset, p.states, block, state.carried);
+  store_states(g.dA + offset, p.states, block, state.dA);
+  if (p.B.constant) store_states(g.dB + offset, p.states, block, state.dB);
+  if (p.C.constant) store_states(g.dC + offset, p.states, block, state.dC);
   const std::int64_t channel = block.batch * p.channels + block.channel;
-  if (g.dD != nullptr) store_elements(g.dD, channel, Dtype::f32, block.count, dD);
-  if (g.ddelta_bias != nullptr) store_elements(g.ddelta_bias, channel, Dtype::f32, block.count, dbias);
+  if (g.dD != nullptr) store_elements(g.dD, channel, Dtype::f32, block.count, load(state.dD));
+  if (g.ddelta_bias != nullptr) store_elements(g.ddelta_bias, channel, Dtype::f32, block.count, load(state.dbias));
 }
 
 // ---- tasks -----------------------------------------------------------------------------------------------------
@@ -734,33 +768,59 @@ constexpr MethodLoops method_loops() {
 constexpr MethodLoops kMethods[] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_ENTRY)};
 #undef MAMBA_SSM_ENTRY
 
-// A task is one batch element, one group and one of `splits` runs of its blocks, in row-major order.
-template <class Function>
-MAMBA_SSM_INLINE void for_each_block(const ScanParams& p, std::int64_t task, std::int64_t splits, Function function) {
-  const std::int64_t split = task % splits, group = task / splits % p.groups, batch = task / splits / p.groups;
-  const std::int64_t per_group = p.channels / p.groups;
-  const std::int64_t blocks = (per_group + kLanes - 1) / kLanes;
-  for (std::int64_t i = blocks * split / splits; i < blocks * (split + 1) / splits; ++i) {
-    const std::int64_t offset = i * kLanes;
-    const int count = static_cast<int>(per_group - offset < kLanes ? per_group - offset : kLanes);
-    function(Block{batch, group * per_group + offset, count}, group, split);
+// A task is one batch element, one group and one of `runs` runs of its blocks, in row-major order. The blocks of a
+// group are cut into `splits` equal parts (forward: into single blocks), and a run is a number of those.
+MAMBA_SSM_INLINE std::int64_t blocks_per_group(const ScanParams& p) {
+  return (p.channels / p.groups + kLanes - 1) / kLanes;
+}
+MAMBA_SSM_INLINE Run run_of(const ScanParams& p, std::int64_t task, std::int64_t first, std::int64_t last,
+                            std::int64_t runs) {
+  const std::int64_t group = task / runs % p.groups, batch = task / runs / p.groups, per_group = p.channels / p.groups;
+  return {batch, group, first, last, group * per_group, (group + 1) * per_group};
+}
+
+inline void forward_task(const ScanParams& p, std::int64_t task, std::int64_t runs, const ScanScratch& scratch) {
+  const ScanStates scan = kMethods[p.method].scan[p.B.constant][p.C.constant];
+  const std::int64_t blocks = blocks_per_group(p), part = task % runs, chunks = chunk_count(p);
+  const Run run = run_of(p, task, blocks * part / runs, blocks * (part + 1) / runs, runs);
+  for (std::int64_t i = 0; i < run.count(); ++i) begin_forward(p, run.block(i), ForwardBlock(scratch, i));
+  for (std::int64_t c = 0; c < chunks; ++c) {
+    for (std::int64_t i = 0; i < run.count(); ++i) {
+      const bool last = i + 1 == run.count();
+      const Chunk next = chunk_at(p, (last && c + 1 < chunks ? c + 1 : c) * p.chunk);
+      forward_chunk(p, scan, run.block(i), chunk_at(p, c * p.chunk), ForwardBlock(scratch, i),
+                    run.block(last ? 0 : i + 1), next, scratch);
+    }
+  }
+  for (std::int64_t i = 0; i < run.count(); ++i) {
+    const std::int64_t offset = run.batch * p.channels * p.states;
+    store_states(p.last_state + offset, p.states, run.block(i), ForwardBlock(scratch, i).state);
   }
 }
 
-inline void forward_task(const ScanParams& p, std::int64_t task, std::int64_t splits, const ScanScratch& scratch) {
-  const ScanStates scan = kMethods[p.method].scan[p.B.constant][p.C.constant];
-  for_each_block(p, task, splits, [&](const Block& block, std::int64_t group, std::int64_t) {
-    forward_block(p, scan, block, group, scratch);
-  });
-}
-inline void backward_task(const ScanParams& p, const ScanGradients& g, std::int64_t task, const ScanScratch& scratch) {
+inline void backward_task(const ScanParams& p, const ScanGradients& g, std::int64_t task, std::int64_t runs,
+                          const ScanScratch& scratch) {
   const AdjointLoops& adjoint = kMethods[p.method].adjoint[p.B.constant][p.C.constant];
-  const std::int64_t sums = p.states * p.length;  // of one task
-  if (!p.B.constant) std::memset(g.dB + task * sums, 0, sums * sizeof(float));
-  if (!p.C.constant) std::memset(g.dC + task * sums, 0, sums * sizeof(float));
-  for_each_block(p, task, g.splits, [&](const Block& block, std::int64_t group, std::int64_t split) {
-    backward_block(p, g, adjoint, block, group, split, scratch);
-  });
+  const std::int64_t blocks = blocks_per_group(p), part = task % runs;
+  const std::int64_t first_split = g.splits * part / runs, last_split = g.splits * (part + 1) / runs;
+  const Run run = run_of(p, task, blocks * first_split / g.splits, blocks * last_split / g.splits, runs);
+  const std::int64_t size = p.states * p.length;  // of a split's sums
+  const std::int64_t sums = ((run.batch * p.groups + run.group) * g.splits + first_split) * size;
+  const std::size_t bytes = (last_split - first_split) * size * sizeof(float);
+  if (!p.B.constant) std::memset(g.dB + sums, 0, bytes);
+  if (!p.C.constant) std::memset(g.dC + sums, 0, bytes);
+  for (std::int64_t i = 0; i < run.count(); ++i) begin_backward(p, g, run.block(i), BackwardBlock(scratch, i));
+  for (std::int64_t c = chunk_count(p) - 1; c >= 0; --c) {
+    std::int64_t split = first_split;
+    for (std::int64_t i = 0; i < run.count(); ++i) {
+      while (run.first + i >= blocks * (split + 1) / g.splits) ++split;
+      const bool last = i + 1 == run.count();
+      const Chunk next = chunk_at(p, (last && c > 0 ? c - 1 : c) * p.chunk);
+      backward_chunk(p, g, adjoint, run.block(i), split, chunk_at(p, c * p.chunk), BackwardBlock(scratch, i),
+                     run.block(last ? 0 : i + 1), next, scratch);
+    }
+  }
+  for (std::int64_t i = 0; i < run.count(); ++i) end_backward(p, g, run.block(i), BackwardBlock(scratch, i));
 }
 
 }  // namespace MAMBA_SSM_ISA

@@ -7,26 +7,29 @@
 
 namespace mamba_ssm {
 
-// Working memory of one task, in rows of lanes: a row per step of a chunk, or a row per state.
+// Working memory of one task. Rows of lanes: a row per step of a chunk, shared by the task's blocks, and a row per
+// state, of which each block has its own.
 struct ScanScratch {
-  float* data;
+  float* steps;
   std::int64_t steps_size;  // at least chunk * lanes and a few more
-  float* states;
-  std::int64_t states_size;  // states * lanes
-  float* B;                  // staged B: chunk * states, or states * lanes where it is constant
+  float* B;                 // staged B of a chunk, chunk * states, where it varies
   float* C;
-  float* delta_input;   // chunk * rank
-  float* delta_weight;  // rank * lanes
-  float* step_rows(int i) const { return data + i * steps_size; }
-  float* state_rows(int i) const { return states + i * states_size; }
+  float* delta_input;  // chunk * rank
+  float* blocks;
+  std::int64_t block_size, states_size;  // of one block; of the rows for its states, states * lanes
+  int state_rows;                        // sets of such rows
+  float* step_rows(int i) const { return steps + i * steps_size; }
+  float* block_rows(std::int64_t block, int i) const { return blocks + block * block_size + i * states_size; }
+  float* delta_weight(std::int64_t block) const { return block_rows(block, state_rows); }  // rank * lanes
 };
-constexpr int kForwardStepRows = 4, kForwardStateRows = 2;
-constexpr int kBackwardStepRows = 22, kBackwardStateRows = 5;
+constexpr int kForwardStepRows = 4, kForwardStateRows = 4;
+constexpr int kBackwardStepRows = 22, kBackwardStateRows = 9;
 
+// The blocks of each batch element and group are shared by `runs` tasks, a run of neighbours each.
 struct ScanKernels {
   int lanes;
-  void (*forward)(const ScanParams&, std::int64_t task, std::int64_t splits, const ScanScratch&);
-  void (*backward)(const ScanParams&, const ScanGradients&, std::int64_t task, const ScanScratch&);
+  void (*forward)(const ScanParams&, std::int64_t task, std::int64_t runs, const ScanScratch&);
+  void (*backward)(const ScanParams&, const ScanGradients&, std::int64_t task, std::int64_t runs, const ScanScratch&);
 };
 
 extern const ScanKernels scan_kernels_avx512, scan_kernels_avx2, scan_kernels_generic;
