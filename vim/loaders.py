@@ -197,8 +197,9 @@ class _Seeded(Dataset):
 class StreamLoader:
     """Batches of a timm stream (tar shards, streamed hub data), whose reader shuffles and splits it among processes.
 
-    Reproducible for the same number of processes and workers; a start in mid-epoch reads what it skips. Held-out data
-    are read whole by every process: a stream cannot be split exactly.
+    Reproducible for the same number of processes and workers; a start in mid-epoch reads what it skips. An epoch is
+    rounded up to whole batches of every worker. Held-out data are read whole by every process: a stream cannot be
+    split exactly. A damaged image is skipped with a warning, by timm.
     """
 
     def __init__(
