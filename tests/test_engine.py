@@ -182,7 +182,7 @@ def rates(*flags: str, epochs: int = 10) -> list[float]:
 
 
 def test_schedule_options():
-    found = rates("--sched", "constant", "--warmup-epochs", "2", "--warmup-lr", "1e-4")
+    found = rates("--sched", "step", "--decay-epochs", "99", "--warmup-epochs", "2", "--warmup-lr", "1e-4")
     assert (
         found[0] == pytest.approx(1e-4) and found[5] == pytest.approx((1e-4 + 1e-2) / 2) and found[10:] == [1e-2] * 40
     )

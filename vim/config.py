@@ -27,13 +27,15 @@ from vim.data import INAT_CATEGORIES, DataError, data_set_defaults, data_set_nam
 from vim.provenance import environment
 
 # Flags of the published trainers that are not here, and why.
+_NO_PLATEAU = "timm is about to drop the plateau schedule, whose state is lost in a resumption; use cosine or step"
 REFUSED = {
-    "--patience-epochs": "belongs to the plateau schedule, which timm is about to drop; use --sched cosine or step",
+    "--patience-epochs": _NO_PLATEAU,
     "--resplit": "has no effect in the published trainer either; leave it out",
     "--cosub": "training with pairs of submodels is not part of this trainer",
     "--distributed": "not needed: start several processes with torchrun, and they find each other",
     "--local-rank": "torchrun says it in the environment variable LOCAL_RANK",
 }
+SCHEDULES = ("cosine", "tanh", "poly", "step")
 _MADE_BY = "made_by"  # key of a saved configuration that is for people, not for the trainer
 
 
@@ -93,6 +95,14 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def _schedule(text: str) -> str:
+    if text == "plateau":
+        raise argparse.ArgumentTypeError(f"plateau is refused: {_NO_PLATEAU}")
+    if text not in SCHEDULES:
+        raise argparse.ArgumentTypeError(f"{text} is not known; choose {', '.join(SCHEDULES)}")
+    return text
 
 
 def _data_set(text: str) -> str:
@@ -161,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layer-decay", type=_probability, metavar="FACTOR",
         help="each block learns slower than the next by this factor (default: all alike)")  # fmt: skip
     add("--clip-grad", type=_positive, metavar="NORM", help="largest gradient norm (default: no limit)")
-    add("--sched", choices=("cosine", "tanh", "poly", "step", "constant"), default="cosine")
+    add("--sched", type=_schedule, default="cosine", metavar="{" + ",".join(SCHEDULES) + "}")
     add("--lr", type=_positive, default=5e-4,
         help="peak learning rate for an update of 512 images; scaled with their number (default: 5e-4)")  # fmt: skip
     add("--unscale-lr", action="store_true", help="take --lr as it is")
