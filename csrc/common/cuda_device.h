@@ -255,14 +255,30 @@ MAMBA_SSM_DEVICE float ignored_part(float value) {
 
 // ---- launch ------------------------------------------------------------------------------------------------------
 
+// Of the current device; the emulation is one that is filled soon.
+inline int device_multiprocessors() {
+#if defined(__CUDACC__)
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+#else
+  return 1;
+#endif
+}
+
 // Starts a kernel; null, or what went wrong.
 template <class... Parameters>
 const char* launch(void (*kernel)(Parameters...), unsigned grid_x, unsigned grid_y, unsigned threads,
                    std::size_t shared_bytes, void* stream, const Parameters&... parameters) {
 #if defined(__CUDACC__)
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (shared_bytes > 16 * 1024) {  // many such blocks on a multiprocessor want all of its memory to be shared memory
+    const void* function = reinterpret_cast<const void*>(kernel);
+    cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    }
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   kernel<<<dim3(grid_x, grid_y), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters...);

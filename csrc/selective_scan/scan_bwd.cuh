@@ -32,10 +32,10 @@ struct BackwardMemory {
 };
 
 template <bool Packed>
-MAMBA_SSM_DEVICE void start_backward_inputs(const GpuScan& scan, const ScanGradients& g, const Tile& t, int index,
-                                            DeltaProduct& product, BackwardMemory& memory) {
+MAMBA_SSM_DEVICE void start_backward_inputs(const GpuScan& scan, const Activation& dout, const Tile& t, int index,
+                                            int first, DeltaProduct& product, BackwardMemory& memory) {
   if constexpr (!Packed) return;
-  if (index < 0) return;
+  if (index < first) return;
   const ScanParams& p = scan.p;
   const Chunk chunk = chunk_at(p, index);
   switch (threadIdx.x / kWarp) {
@@ -52,7 +52,7 @@ MAMBA_SSM_DEVICE void start_backward_inputs(const GpuScan& scan, const ScanGradi
       if (p.delta_weight != nullptr) product.start_rows(scan, t, chunk);
       break;
     default:
-      start_copy(g.dout, t, chunk, memory.dout);
+      start_copy(dout, t, chunk, memory.dout);
   }
 }
 
@@ -388,7 +388,9 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
   memory.dD[threadIdx.x] = memory.ddelta_bias[threadIdx.x] = 0.0f;
   Adjoint<Method> a;
   ConstantMatrices constant;
-  load_states(scan, t, thread, g.dlast_state, t.batch, 0.0f, a.carried);
+  const bool earlier = t.segment < scan.segments - 1;
+  load_states(scan, t, thread, earlier ? scan.segment_states : g.dlast_state, earlier ? segment_row(scan, t) : t.batch,
+              0.0f, a.carried);
 #pragma unroll
   for (int j = 0; j < kStates; ++j) {
     a.A[j] = A[j];
@@ -401,12 +403,11 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
     load_constant(p.C, scan, t, thread, constant.C);
   }
 
-  const int last = chunk_count(p) - 1;
   DeltaProduct product(scan, &memory + 1);
   if (p.delta_weight != nullptr) product.stage_weight(p, t);
-  start_backward_inputs<Packed>(scan, g, t, last, product, memory);
+  start_backward_inputs<Packed>(scan, g.dout, t, t.end_chunk - 1, t.first_chunk, product, memory);
 #pragma unroll 1
-  for (int index = last; index >= 0; --index) {
+  for (int index = t.end_chunk - 1; index >= t.first_chunk; --index) {
     const Chunk chunk = chunk_at(p, index);
     float h[kStates];
     const int count = thread_states(scan, t, thread);
@@ -419,7 +420,7 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
     stage_backward<Packed>(scan, g.dout, t, chunk, product, memory);
     __syncthreads();
     if (Packed && threadIdx.x / kWarp == 3) start_copy(g.dz_addend, t, chunk, memory.dz_addend);
-    start_backward_inputs<Packed>(scan, g, t, index - 1, product, memory);
+    start_backward_inputs<Packed>(scan, g.dout, t, index - 1, t.first_chunk, product, memory);
 
     const int parts = (chunk.steps + kPart - 1) / kPart;
 #pragma unroll 1
@@ -453,8 +454,8 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
     finish_backward<Packed>(scan, out, t, chunk, memory);
   }
 
-  store_states(scan, t, thread, g.dinitial_state, t.batch, a.carried);
-  store_states(scan, t, thread, g.dA, t.batch, a.dA);
+  if (t.segment == 0) store_states(scan, t, thread, g.dinitial_state, t.batch, a.carried);
+  store_states(scan, t, thread, g.dA, segment_row(scan, t), a.dA);
   if constexpr (!Packed) {
     if (p.B.constant) store_states(scan, t, thread, g.dB, t.batch, constant.dB);
     if (p.C.constant) store_states(scan, t, thread, g.dC, t.batch, constant.dC);
@@ -463,7 +464,7 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
   dD += shuffle_xor(dD, 16);
   ddelta_bias += shuffle_xor(ddelta_bias, 16);
   if (thread.half == 0 && thread.channel < t.channels) {
-    const std::int64_t index = t.batch * p.channels + t.channel + thread.channel;
+    const std::int64_t index = segment_row(scan, t) * p.channels + t.channel + thread.channel;
     if (g.dD != nullptr) g.dD[index] = dD;
     if (g.ddelta_bias != nullptr) g.ddelta_bias[index] = ddelta_bias;
   }
@@ -473,7 +474,7 @@ template <class Method, bool Packed, bool Exact>
 __global__ void __launch_bounds__(tile::kThreads, Packed ? tile::kBackwardBlocks : 1)
     scan_backward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuScan scan, MAMBA_SSM_CONSTANT_PARAMETER GpuScanGradients out) {
   BackwardMemory& memory = shared_memory<BackwardMemory>();
-  if (threadIdx.x == 0) memory.tile = this_tile(scan);
+  if (threadIdx.x == 0) memory.tile = this_tile(scan, blockIdx.y);
   __syncthreads();
   const Tile& t = memory.tile;
   const Thread thread = this_thread();
@@ -497,9 +498,9 @@ const char* launch_scan_backward(const GpuScan& scan, const GpuScanGradients& gr
   static constexpr Kernel kKernels[][2] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_KERNEL)};
 #undef MAMBA_SSM_KERNEL
   const ScanParams& p = scan.p;
-  return launch<GpuScan, GpuScanGradients>(kKernels[p.method][gradients.exact], p.batch * p.groups * scan.tiles, 1,
-                                           tile::kThreads, sizeof(BackwardMemory) + DeltaProduct::bytes(p.rank), stream,
-                                           scan, gradients);
+  return launch<GpuScan, GpuScanGradients>(
+      kKernels[p.method][gradients.exact], p.batch * p.groups * scan.tiles, scan.segments, tile::kThreads,
+      sizeof(BackwardMemory) + DeltaProduct::bytes(p.rank), stream, scan, gradients);
 }
 
 }  // namespace mamba_ssm

@@ -48,16 +48,44 @@ GpuScan make_launch(const ScanParams& p) {
   STD_TORCH_CHECK(p.length < kMost && p.channels < kMost && p.batch * p.groups * tiles < kMost,
                   "selective_scan: length, or batch times channels, is too large for one launch");
   STD_TORCH_CHECK(p.rank <= kLargestRank, "delta_weight: got rank ", p.rank, "; expected at most ", kLargestRank);
-  return {p,
-          0,
-          0,
-          static_cast<int>(tiles),
-          is_aligned(p.B, p.states),
-          is_aligned(p.C, p.states),
-          p.rank > 0 && is_aligned(p.delta_input, p.rank)};
+  GpuScan scan{};
+  scan.p = p;
+  scan.tiles = static_cast<int>(tiles);
+  scan.aligned_B = is_aligned(p.B, p.states);
+  scan.aligned_C = is_aligned(p.C, p.states);
+  scan.aligned_delta = p.rank > 0 && is_aligned(p.delta_input, p.rank);
+  return scan;
 }
 
 i64 chunk_count(const ScanParams& p) { return (p.length + tile::kSteps - 1) / tile::kSteps; }
+
+// What a split sequence needs: the segments' sums and the states between them.
+class Segments {
+ public:
+  // `packed`: only packed launches are split. `blocks_each`: that fit on a multiprocessor.
+  Segments(const Tensor& like, GpuScan& scan, bool packed, int blocks_each) {
+    const ScanParams& p = scan.p;
+    const int chunks = static_cast<int>(chunk_count(p));
+    const i64 blocks = p.batch * p.groups * scan.tiles, slots = i64{blocks_each} * multiprocessor_count();
+    const int wanted = packed ? tile::segment_count(blocks, chunks, slots) : 1;
+    scan.segment_chunks = (chunks + wanted - 1) / wanted;
+    scan.segments = (chunks + scan.segment_chunks - 1) / scan.segment_chunks;
+    if (scan.segments == 1) return;
+    for (Tensor* t : {&decay_, &local_, &states_})
+      *t = new_floats(like, {p.batch, scan.segments, p.channels, p.states});
+    scan.segment_states = float_data(states_);
+  }
+  // Fills scan.segment_states, for its states.
+  void join(const GpuScan& scan, const Activation* dout, const float* state, void* stream) const {
+    if (scan.segments == 1) return;
+    const SegmentSums sums{float_data(decay_), float_data(local_)};
+    check_launch(launch_segment_sums(scan, dout, sums, stream));
+    check_launch(launch_join_segments(scan, dout != nullptr, sums, state, float_data(states_), stream));
+  }
+
+ private:
+  Tensor decay_, local_, states_;
+};
 
 std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
                                                 OptionalTensor z, OptionalTensor delta_bias,
@@ -85,9 +113,15 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
 
   // The launches for the first states leave their sums to the next one, which adds them as an addend. The last one
   // applies scale and gate.
-  Tensor sum = new_activation(u, ScalarType::Float);
-  const Activation sum_rows = activation(sum, "sum", u);
+  Tensor sum;
+  Activation sum_rows;
+  if (p.states > tile::kStates) {
+    sum = new_activation(u, ScalarType::Float);
+    sum_rows = activation(sum, "sum", u);
+  }
   GpuScan scan = make_launch(p);
+  const bool packed = all_packed(p, p.u, p.delta, p.z, p.addend, p.out, sum_rows);
+  const Segments segments(u, scan, packed, tile::kForwardBlocks);
   for (; scan.first_state < p.states; scan.first_state += tile::kStates) {
     const bool first = scan.first_state == 0, last = scan.first_state + tile::kStates >= p.states;
     scan.states = static_cast<int>(std::min<i64>(tile::kStates, p.states - scan.first_state));
@@ -96,8 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
     scan.p.z = last ? p.z : Activation{};
     scan.p.scale = last ? p.scale : 1.0f;
     scan.p.out = last ? p.out : sum_rows;
-    const ScanParams& q = scan.p;
-    const bool packed = all_packed(q, q.u, q.delta, q.z, q.addend, q.out);
+    segments.join(scan, nullptr, p.initial_state, device.stream());
     check_launch((packed ? launch_scan_forward<true> : launch_scan_forward<false>)(scan, device.stream()));
   }
   return {out, last_state, checkpoints};
@@ -121,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   // empty where the forward ran with save_checkpoints=False
   check_shape(checkpoints, {p.batch, chunk_count(p), p.states, p.channels}, "checkpoints");
   p.checkpoints = float_data(checkpoints);
-  const GpuScan whole = make_launch(p);
+  GpuScan scan = make_launch(p);
 
   const auto floats = [&](bool wanted, std::vector<i64> size) {
     return wanted ? new_floats(u, size) : new_floats(u, {0});
@@ -138,23 +171,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dB = matrix(p.B), dC = matrix(p.C);
   // Partial sums, to be added in order: of every batch element, and of every launch.
   const i64 launches = (p.states + tile::kStates - 1) / tile::kStates;
-  Tensor dA = new_floats(u, {p.batch, p.channels, p.states});
-  Tensor dD = floats(D.has_value(), {p.batch, p.channels});
-  Tensor ddelta_bias = floats(delta_bias.has_value(), {launches * p.batch, p.channels});
-  const bool any_matrix = !p.B.constant || !p.C.constant;
-  Tensor partial = floats(any_matrix, {p.batch, p.groups, whole.tiles, p.length, 2 * tile::kStates});
   const auto sum_for = [&](bool wanted) {
     return wanted && launches > 1 ? new_activation(u, ScalarType::Float) : new_floats(u, {0});
   };
   Tensor sum_du = sum_for(true), sum_ddelta = sum_for(true), sum_dz = sum_for(z.has_value());
   const auto sum_rows = [&](const Tensor& sum) { return sum.dim() == 3 ? activation(sum, "sum", u) : Activation{}; };
+  const Activation du_rows = activation(du, "du", u), ddelta_rows = activation(ddelta, "ddelta", u),
+                   dout_rows = activation(dout, "dout", u), addend_rows = activation(dz_addend, "dz_addend", u),
+                   dz_rows = z.has_value() ? activation(dz, "dz", u) : Activation{};
+  const bool packed =
+      all_packed(p, p.u, p.delta, p.z, dout_rows, du_rows, ddelta_rows, dz_rows, addend_rows, sum_rows(sum_du));
+  const Segments segments(u, scan, packed, tile::kBackwardBlocks);
+  const i64 rows = p.batch * scan.segments;
+  Tensor dA = new_floats(u, {rows, p.channels, p.states});
+  Tensor dD = floats(D.has_value(), {rows, p.channels});
+  Tensor ddelta_bias = floats(delta_bias.has_value(), {launches * rows, p.channels});
+  const bool any_matrix = !p.B.constant || !p.C.constant;
+  Tensor partial = floats(any_matrix, {p.batch, p.groups, scan.tiles, p.length, 2 * tile::kStates});
 
   GpuScanGradients out{};
   out.partial = any_matrix ? float_data(partial) : nullptr;
   // The gradients are rounded to the dtype of B and C in the end: tf32 has four times the precision of bfloat16.
   out.exact = p.B.dtype != Dtype::bf16 || p.C.dtype != Dtype::bf16;
   ScanGradients& g = out.g;
-  g.dout = activation(dout, "dout", u);
+  g.dout = dout_rows;
   g.dlast_state = float_data(dlast_state);
   g.dinitial_state = float_data(dinitial_state);
   g.dA = float_data(dA);
@@ -163,24 +203,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
   // Each launch adds what the launches before it found for their states; the last one also has the terms of D, and
   // writes the results.
-  GpuScan scan = whole;
   for (i64 index = 0; index < launches; ++index) {
     const bool first = index == 0, last = index + 1 == launches;
     scan.first_state = static_cast<int>(index * tile::kStates);
     scan.states = static_cast<int>(std::min<i64>(tile::kStates, p.states - scan.first_state));
     scan.p.D = last ? p.D : nullptr;
-    g.du = last ? activation(du, "du", u) : sum_rows(sum_du);
-    g.ddelta = last ? activation(ddelta, "ddelta", u) : sum_rows(sum_ddelta);
-    g.dz = !z.has_value() ? Activation{} : last ? activation(dz, "dz", u) : sum_rows(sum_dz);
-    g.dz_addend = first ? activation(dz_addend, "dz_addend", u) : sum_rows(sum_dz);
+    g.du = last ? du_rows : sum_rows(sum_du);
+    g.ddelta = last ? ddelta_rows : sum_rows(sum_ddelta);
+    g.dz = last ? dz_rows : sum_rows(sum_dz);
+    g.dz_addend = first ? addend_rows : sum_rows(sum_dz);
     g.dD = last && D.has_value() ? float_data(dD) : nullptr;
-    g.ddelta_bias = delta_bias.has_value() ? float_data(ddelta_bias) + index * p.batch * p.channels : nullptr;
+    g.ddelta_bias = delta_bias.has_value() ? float_data(ddelta_bias) + index * rows * p.channels : nullptr;
     if (!first) {
       out.sum_du = sum_rows(sum_du);
       out.sum_ddelta = sum_rows(sum_ddelta);
     }
-    const ScanParams& q = scan.p;
-    const bool packed = all_packed(q, q.u, q.delta, q.z, g.dout, g.du, g.ddelta, g.dz, g.dz_addend);
+    segments.join(scan, &g.dout, g.dlast_state, device.stream());
     check_launch((packed ? launch_scan_backward<true> : launch_scan_backward<false>)(scan, out, device.stream()));
     const auto sum_tiles = [&](const InputMatrix& m, const Tensor& total, int column) {
       if (m.constant) return;

@@ -23,11 +23,11 @@ struct ForwardMemory {
 };
 
 template <bool Packed>
-MAMBA_SSM_DEVICE void start_forward_inputs(const GpuScan& scan, const Tile& t, int index, DeltaProduct& product,
-                                           ForwardMemory& memory) {
+MAMBA_SSM_DEVICE void start_forward_inputs(const GpuScan& scan, const Tile& t, int index, int end,
+                                           DeltaProduct& product, ForwardMemory& memory) {
   if constexpr (!Packed) return;
   const ScanParams& p = scan.p;
-  if (index >= chunk_count(p)) return;
+  if (index >= end) return;
   const Chunk chunk = chunk_at(p, index);
   switch (threadIdx.x / kWarp) {
     case 0:
@@ -121,12 +121,13 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const Tile& t, const Thread
                                 const float (&A)[tile::kThreadStates], ForwardMemory& memory) {
   constexpr int kStates = tile::kThreadStates;
   const ScanParams& p = scan.p;
-  const int chunks = chunk_count(p);
   decltype(Method::prepare(Real(0.0f))) k[kStates];
   float h[kStates], constant_B[kStates], constant_C[kStates];
 #pragma unroll
   for (int j = 0; j < kStates; ++j) k[j] = Method::prepare(Real(A[j]));
-  load_states(scan, t, thread, p.initial_state, t.batch, 0.0f, h);
+  const bool later = t.segment > 0;
+  load_states(scan, t, thread, later ? scan.segment_states : p.initial_state, later ? segment_row(scan, t) : t.batch,
+              0.0f, h);
   if constexpr (!Packed) {
     load_constant(p.B, scan, t, thread, constant_B);
     load_constant(p.C, scan, t, thread, constant_C);
@@ -135,8 +136,8 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const Tile& t, const Thread
 
   DeltaProduct product(scan, &memory + 1);
   if (p.delta_weight != nullptr) product.stage_weight(p, t);
-  start_forward_inputs<Packed>(scan, t, 0, product, memory);
-  for (int index = 0; index < chunks; ++index) {
+  start_forward_inputs<Packed>(scan, t, t.first_chunk, t.end_chunk, product, memory);
+  for (int index = t.first_chunk; index < t.end_chunk; ++index) {
     const Chunk chunk = chunk_at(p, index);
     wait_for_copies();
     __syncthreads();
@@ -153,7 +154,7 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const Tile& t, const Thread
       if (threadIdx.x / kWarp == 2) start_copy(p.z, t, chunk, memory.z);
       if (threadIdx.x / kWarp == 3) start_copy(p.addend, t, chunk, memory.addend);
     }
-    start_forward_inputs<Packed>(scan, t, index + 1, product, memory);
+    start_forward_inputs<Packed>(scan, t, index + 1, t.end_chunk, product, memory);
 
 #pragma unroll 1
     for (int step = 0; step < chunk.steps; step += 2) {  // an odd last step is followed by one with Δ = 0
@@ -183,14 +184,14 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const Tile& t, const Thread
     __syncthreads();
     finish_forward<Packed>(scan, t, chunk, memory);
   }
-  store_states(scan, t, thread, p.last_state, t.batch, h);
+  if (t.segment == scan.segments - 1) store_states(scan, t, thread, p.last_state, t.batch, h);
 }
 
 template <class Method, bool Packed>
 __global__ void __launch_bounds__(tile::kThreads, Packed ? tile::kForwardBlocks : 1)
     scan_forward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuScan scan) {
   ForwardMemory& memory = shared_memory<ForwardMemory>();
-  if (threadIdx.x == 0) memory.tile = this_tile(scan);
+  if (threadIdx.x == 0) memory.tile = this_tile(scan, blockIdx.y);
   __syncthreads();
   const Tile& t = memory.tile;
   const Thread thread = this_thread();
@@ -212,7 +213,7 @@ const char* launch_scan_forward(const GpuScan& scan, void* stream) {
   static constexpr Kernel kKernels[] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_KERNEL)};
 #undef MAMBA_SSM_KERNEL
   const ScanParams& p = scan.p;
-  return launch<GpuScan>(kKernels[p.method], p.batch * p.groups * scan.tiles, 1, tile::kThreads,
+  return launch<GpuScan>(kKernels[p.method], p.batch * p.groups * scan.tiles, scan.segments, tile::kThreads,
                          sizeof(ForwardMemory) + DeltaProduct::bytes(p.rank), stream, scan);
 }
 

@@ -99,15 +99,27 @@ MAMBA_SSM_DEVICE Thread this_thread() {
 struct Tile {
   int batch, group, split;
   int channel, channels;  // the first, and how many
+  int segment;
+  int first_chunk, end_chunk;  // of the segment
 };
+MAMBA_SSM_DEVICE int chunk_count(const ScanParams& p) {
+  return (static_cast<int>(p.length) + tile::kSteps - 1) / tile::kSteps;
+}
 // Computed once, by the first thread, and kept in shared memory, to save registers.
-MAMBA_SSM_DEVICE Tile this_tile(const GpuScan& scan) {
+MAMBA_SSM_DEVICE Tile this_tile(const GpuScan& scan, int segment) {
   const ScanParams& p = scan.p;
   const int tiles = scan.tiles, groups = static_cast<int>(p.groups), block = static_cast<int>(blockIdx.x);
   const int per_group = static_cast<int>(p.channels) / groups, split = block % tiles, group = block / tiles % groups;
   const int rest = per_group - split * tile::kChannels;
-  return {block / tiles / groups, group, split, group * per_group + split * tile::kChannels,
-          rest < tile::kChannels ? rest : tile::kChannels};
+  const int chunks = chunk_count(p), end = (segment + 1) * scan.segment_chunks;
+  return {block / tiles / groups,
+          group,
+          split,
+          group * per_group + split * tile::kChannels,
+          rest < tile::kChannels ? rest : tile::kChannels,
+          segment,
+          segment * scan.segment_chunks,
+          end < chunks ? end : chunks};
 }
 
 // Steps [first, first + steps) in the scan's order; `time` maps them to positions.
@@ -120,8 +132,9 @@ MAMBA_SSM_DEVICE Chunk chunk_at(const ScanParams& p, int index) {
   const int length = static_cast<int>(p.length), first = index * tile::kSteps, rest = length - first;
   return {first, rest < tile::kSteps ? rest : tile::kSteps, length, p.reverse};
 }
-MAMBA_SSM_DEVICE int chunk_count(const ScanParams& p) {
-  return (static_cast<int>(p.length) + tile::kSteps - 1) / tile::kSteps;
+// The row of the block's segment in (batch, segments, …).
+MAMBA_SSM_DEVICE std::int64_t segment_row(const GpuScan& scan, const Tile& t) {
+  return static_cast<std::int64_t>(t.batch) * scan.segments + t.segment;
 }
 
 // Where the thread's states of a matrix (…, channels, states) begin.
