@@ -3,23 +3,17 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu_isa.h"
-#include "discretization.h"
-#include "params.h"
+#include "scan_arguments.h"
 #include "scan_cpu_table.h"
-#include "stable_abi.h"
 
 namespace mamba_ssm {
 namespace {
-
-using torch::headeronly::ScalarType;
-using OptionalTensor = std::optional<Tensor>;
 
 // Steps between checkpoints. At least N, so that the checkpoints never outgrow the activations (B·D·L·N/chunk <=
 // B·D·L).
@@ -29,75 +23,6 @@ std::int64_t checkpoint_interval(std::int64_t states) {
 constexpr std::int64_t kForwardChunk = 64;
 // The backward pass has about this many partial sums, whatever the machine, so that its results do not depend on it.
 constexpr std::int64_t kBackwardSums = 64;
-
-Tensor contiguous_float(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
-  return torch::stable::contiguous(tensor);
-}
-
-void check_shape(const OptionalTensor& t, std::initializer_list<std::int64_t> size, const char* name) {
-  if (!t.has_value()) return;
-  bool same = t->dim() == static_cast<std::int64_t>(size.size());
-  for (std::int64_t i = 0; same && i < t->dim(); ++i) same = t->size(i) == size.begin()[i];
-  std::string expected;
-  for (std::int64_t n : size) expected.append(expected.empty() ? "" : ", ").append(std::to_string(n));
-  STD_TORCH_CHECK(same, name, " must have shape (", expected, ")");
-}
-
-const float* float_data(const OptionalTensor& tensor) {
-  return tensor.has_value() ? static_cast<const float*>(tensor->data_ptr()) : nullptr;
-}
-
-Activation activation(const Tensor& t, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == like.size(0) && t.size(1) == like.size(1) && t.size(2) == like.size(2),
-                  name, " must have the shape of u (batch, channels, length)");
-  return {t.data_ptr(), kernel_dtype(t, name), t.stride(0), t.stride(1), t.stride(2)};
-}
-Activation activation(const OptionalTensor& t, const char* name, const Tensor& like) {
-  return t.has_value() ? activation(*t, name, like) : Activation{};
-}
-
-InputMatrix input_matrix(const Tensor& t, const char* name, const ScanParams& p) {
-  const Dtype dtype = kernel_dtype(t, name);
-  if (t.dim() == 2) {
-    check_shape(t, {p.channels, p.states}, name);
-    return {t.data_ptr(), dtype, true, 0, t.stride(0), t.stride(1), 0};
-  }
-  if (t.dim() == 3) {
-    check_shape(t, {p.batch, p.states, p.length}, name);
-    return {t.data_ptr(), dtype, false, t.stride(0), 0, t.stride(1), t.stride(2)};
-  }
-  STD_TORCH_CHECK(t.dim() == 4, name, " must have 2, 3 or 4 dimensions");
-  check_shape(t, {p.batch, t.size(1), p.states, p.length}, name);
-  return {t.data_ptr(), dtype, false, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-// (batch, channels, length), laid out in memory as `like` is: channel-last or not.
-Tensor new_activation(const Tensor& like, ScalarType dtype) {
-  const std::int64_t b = like.size(0), d = like.size(1), l = like.size(2);
-  if (like.stride(1) == 1 && d > 1)
-    return torch::stable::transpose(torch::stable::new_empty(like, {b, l, d}, dtype), 1, 2);
-  return torch::stable::new_empty(like, {b, d, l}, dtype);
-}
-Tensor new_floats(const Tensor& like, std::vector<std::int64_t> size) {
-  return torch::stable::new_empty(like, size, ScalarType::Float);
-}
-
-constexpr const char* kMethodNames[] = {
-#define MAMBA_SSM_NAME(Method) Method::name,
-    MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_NAME)
-#undef MAMBA_SSM_NAME
-};
-
-int find_method(const std::string& name) {
-  std::string known;
-  int index = 0;
-  for (const char* candidate : kMethodNames) {
-    if (name == candidate) return index;
-    known.append(index++ ? ", " : "").append(candidate);
-  }
-  STD_TORCH_CHECK(false, "discretization_method: got '", name, "'; expected one of ", known);
-}
 
 // The working memory of one thread, aligned to cache lines.
 class ScratchMemory {
@@ -136,49 +61,6 @@ std::int64_t choose_runs(const ScanParams& p, std::int64_t parts) {
 
 std::int64_t blocks_per_group(const ScanParams& p, int lanes) { return (p.channels / p.groups + lanes - 1) / lanes; }
 
-ScanParams make_params(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                       const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
-                       const OptionalTensor& delta_weight, double scale, bool delta_softplus, bool reverse,
-                       const std::string& method) {
-  STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2, "u must be (batch, channels, length) and A (channels, states)");
-  ScanParams p{};
-  p.method = find_method(method);
-  p.batch = u.size(0);
-  p.channels = u.size(1);
-  p.length = u.size(2);
-  p.states = A.size(1);
-  check_shape(A, {p.channels, p.states}, "A");
-  check_shape(D, {p.channels}, "D");
-  check_shape(delta_bias, {p.channels}, "delta_bias");
-  p.u = activation(u, "u", u);
-  p.z = activation(z, "z", u);
-  if (delta_weight.has_value()) {
-    STD_TORCH_CHECK(delta.dim() == 3, "delta must be (batch, rank, length) where delta_weight is given");
-    p.rank = delta.size(1);
-    check_shape(delta, {p.batch, p.rank, p.length}, "delta");
-    check_shape(delta_weight, {p.channels, p.rank}, "delta_weight");
-    p.delta_input = {delta.data_ptr(), kernel_dtype(delta, "delta"), false, delta.stride(0), 0, delta.stride(1),
-                     delta.stride(2)};
-    p.delta_weight = float_data(delta_weight);
-  } else {
-    p.delta = activation(delta, "delta", u);
-  }
-  p.B = input_matrix(B, "B", p);
-  p.C = input_matrix(C, "C", p);
-  const std::int64_t B_groups = B.dim() == 4 ? B.size(1) : 1, C_groups = C.dim() == 4 ? C.size(1) : 1;
-  p.groups = std::max(B_groups, C_groups);
-  STD_TORCH_CHECK((B_groups == p.groups || p.B.group == 0 || p.B.constant) &&
-                      (C_groups == p.groups || p.C.group == 0 || p.C.constant) && p.channels % p.groups == 0,
-                  "B and C must have the same number of groups, and it must divide the channels");
-  p.A = static_cast<const float*>(A.data_ptr());
-  p.D = float_data(D);
-  p.delta_bias = float_data(delta_bias);
-  p.scale = static_cast<float>(scale);
-  p.delta_softplus = delta_softplus;
-  p.reverse = reverse;
-  return p;
-}
-
 std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
                                                 OptionalTensor z, OptionalTensor delta_bias,
                                                 OptionalTensor delta_weight, OptionalTensor initial_state,
@@ -186,10 +68,10 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
                                                 std::string method, bool float_out, bool save_checkpoints) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
   A = contiguous_float(A, "A");
-  if (D.has_value()) D = contiguous_float(*D, "D");
-  if (delta_bias.has_value()) delta_bias = contiguous_float(*delta_bias, "delta_bias");
-  if (delta_weight.has_value()) delta_weight = contiguous_float(*delta_weight, "delta_weight");
-  if (initial_state.has_value()) initial_state = contiguous_float(*initial_state, "initial_state");
+  D = contiguous_float(D, "D");
+  delta_bias = contiguous_float(delta_bias, "delta_bias");
+  delta_weight = contiguous_float(delta_weight, "delta_weight");
+  initial_state = contiguous_float(initial_state, "initial_state");
 
   ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method);
   p.addend = activation(addend, "addend", u);
@@ -201,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
   const std::int64_t chunks = save_checkpoints ? (p.length + p.chunk - 1) / p.chunk : 0;
   Tensor checkpoints = new_floats(u, {p.batch, chunks, p.states, p.channels});
   p.out = activation(out, "out", u);
-  p.last_state = static_cast<float*>(last_state.data_ptr());
-  p.checkpoints = save_checkpoints ? static_cast<float*>(checkpoints.data_ptr()) : nullptr;
+  p.last_state = float_data(last_state);
+  p.checkpoints = save_checkpoints ? float_data(checkpoints) : nullptr;
 
   const std::int64_t blocks = blocks_per_group(p, kernels.lanes), runs = choose_runs(p, blocks);
   torch::stable::parallel_for(0, p.batch * p.groups * runs, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -217,7 +99,7 @@ Tensor sum_batch(const Tensor& parts, std::vector<std::int64_t> size, const Tens
   std::int64_t count = 1;
   for (std::int64_t s : size) count *= s;
   Tensor total = new_floats(like, size);
-  float* target = static_cast<float*>(total.data_ptr());
+  float* target = float_data(total);
   const float* source = static_cast<const float*>(parts.data_ptr());
   std::memcpy(target, source, 4 * count);
   for (std::int64_t b = 1; b < parts.size(0); ++b) {
@@ -234,7 +116,7 @@ Tensor sum_splits(const Tensor& parts, bool states_innermost) {
   Tensor total = states_innermost ? new_floats(parts, {batch, groups, length, states})
                                   : new_floats(parts, {batch, groups, states, length});
   const float* source = static_cast<const float*>(parts.data_ptr());
-  float* target = static_cast<float*>(total.data_ptr());
+  float* target = float_data(total);
   torch::stable::parallel_for(0, batch * groups, 1, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> sums(size);
     for (std::int64_t i = begin; i < end; ++i) {
@@ -261,10 +143,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Tensor checkpoints, double scale, bool delta_softplus, bool reverse, std::string method, bool float_dz) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
   A = contiguous_float(A, "A");
-  if (D.has_value()) D = contiguous_float(*D, "D");
-  if (delta_bias.has_value()) delta_bias = contiguous_float(*delta_bias, "delta_bias");
-  if (delta_weight.has_value()) delta_weight = contiguous_float(*delta_weight, "delta_weight");
-  if (dlast_state.has_value()) dlast_state = contiguous_float(*dlast_state, "dlast_state");
+  D = contiguous_float(D, "D");
+  delta_bias = contiguous_float(delta_bias, "delta_bias");
+  delta_weight = contiguous_float(delta_weight, "delta_weight");
+  dlast_state = contiguous_float(dlast_state, "dlast_state");
 
   ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method);
   STD_TORCH_CHECK(z.has_value() || !dz_addend.has_value(), "dz_addend without z");
@@ -272,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   check_shape(dlast_state, {p.batch, p.channels, p.states}, "dlast_state");
   // empty where the forward ran with save_checkpoints=False
   check_shape(checkpoints, {p.batch, (p.length + p.chunk - 1) / p.chunk, p.states, p.channels}, "checkpoints");
-  p.checkpoints = static_cast<float*>(checkpoints.data_ptr());
+  p.checkpoints = float_data(checkpoints);
 
   const auto empty = [&](bool wanted, std::vector<std::int64_t> size) {
     return wanted ? new_floats(u, size) : new_floats(u, {0});
@@ -302,12 +184,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   if (z.has_value()) g.dz = activation(dz, "dz", u);
   g.dz_addend = activation(dz_addend, "dz_addend", u);
   g.dlast_state = float_data(dlast_state);
-  g.dinitial_state = static_cast<float*>(dinitial_state.data_ptr());
-  g.dA = static_cast<float*>(dA.data_ptr());
-  g.dD = D.has_value() ? static_cast<float*>(dD.data_ptr()) : nullptr;
-  g.ddelta_bias = delta_bias.has_value() ? static_cast<float*>(ddelta_bias.data_ptr()) : nullptr;
-  g.dB = static_cast<float*>(dB.data_ptr());
-  g.dC = static_cast<float*>(dC.data_ptr());
+  g.dinitial_state = float_data(dinitial_state);
+  g.dA = float_data(dA);
+  g.dD = D.has_value() ? float_data(dD) : nullptr;
+  g.ddelta_bias = delta_bias.has_value() ? float_data(ddelta_bias) : nullptr;
+  g.dB = float_data(dB);
+  g.dC = float_data(dC);
 
   // Threads share the splits, which do not depend on their number.
   const std::int64_t runs = choose_runs(p, g.splits), splits_per_run = (g.splits + runs - 1) / runs;
