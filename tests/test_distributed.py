@@ -108,7 +108,7 @@ def test_a_signal_to_one_process_stops_all_and_the_resumed_run_is_the_unbroken_o
 
 def test_a_loss_that_is_not_finite_on_one_process_ends_all(two, folder):
     errors = [result["error"] for result in two["nan"]]
-    assert errors[0] == "NonFiniteLossError: the loss is not finite in 1 other processes, which say where"
+    assert errors[0] == "NonFiniteLossError: the loss is not finite in another process, which says where"
     assert "the loss is nan in epoch 0, batch 4 of 11: the images themselves are not finite" in errors[1]
     assert not (folder / "nan" / "checkpoint.pth").exists()
 

@@ -84,7 +84,7 @@ def dies_at(monkeypatch, death: int, act: Callable[[], None]) -> None:
         done += 1
         if done == death:
             act()
-        update(self, position)
+        return update(self, position)
 
     monkeypatch.setattr(Trainer, "_update", update_until_death)
 

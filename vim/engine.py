@@ -26,6 +26,9 @@ from vim.distributed import World
 from vim.losses import Criterion
 
 _SECONDS_BETWEEN_LINES = 30.0
+_ADVICE = (
+    "The last checkpoint stays. A lower --lr, a longer warm-up, --clip-grad 1 or --amp-dtype bfloat16 often helps."
+)
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -138,8 +141,8 @@ class Trainer:
 
         wishes: asked just before each update what this process wants; `Update` says how many want it.
 
-        Raises NonFiniteLossError, before the update is made, naming epoch, batch, images and layer; with
-        `continue_inf` that batch is skipped, and only an epoch without any update raises.
+        Raises NonFiniteLossError for a loss or gradient, before the update is made, naming epoch, batch, images and
+        layer; with `continue_inf` that update is skipped, and only an epoch without any raises.
         """
         self.model.train(self.train_mode)
         self.parallel.train(self.train_mode)
@@ -163,10 +166,12 @@ class Trainer:
                 continue
 
             loss_sum, count, bad, *wanted = self.world.sum([sum(losses), images_seen, bool(problem), *wishes()])
+            if not bad:
+                problem = self._update(position)
+                bad = bool(problem)
             if bad:
-                self._skip(problem, int(bad), position)
+                self._skip(problem, position)
             else:
-                self._update(position)
                 position.loss_sum += loss_sum
                 position.images += int(count)
             losses, images_seen, problem = [], 0, ""
@@ -205,28 +210,35 @@ class Trainer:
             self.scaler.scale(loss / batches).backward()
         return loss.item(), images
 
-    def _update(self, position: Position) -> None:
+    def _update(self, position: Position) -> str:
+        """Make the update, or say why not: gradients that are not finite, the same ones on all processes."""
         self.scheduler.step_update(position.epoch * self.updates_per_epoch + position.step)
         self.scaler.unscale_(self.optimizer)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        gradients = {name: parameter for name, parameter in self.model.named_parameters() if parameter.grad is not None}
         if self.nan2num:
-            for parameter in parameters:
+            for parameter in gradients.values():
                 torch.nan_to_num_(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in gradients.values()])
+        if not self.scaler.is_enabled() and not norm.isfinite():  # a scaler skips such updates itself
+            infinite = [name for name, parameter in gradients.items() if not parameter.grad.isfinite().all()]
+            return (
+                f"the gradient of {infinite[-1] if infinite else 'all weights together'} is not finite in {position}, "
+                f"though the loss is. {_ADVICE}"
+            )
         if self.clip_grad is not None:
-            nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+            nn.utils.clip_grads_with_norm_(gradients.values(), self.clip_grad, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model)
+        return ""
 
-    def _skip(self, problem: str, processes: int, position: Position) -> None:
+    def _skip(self, problem: str, position: Position) -> None:
         if not self.continue_inf:
-            raise NonFiniteLossError(
-                problem or f"the loss is not finite in {processes} other processes, which say where"
-            )
-        if problem:
-            self.console.print(f"{problem}; skipped")
+            raise NonFiniteLossError(problem or "the loss is not finite in another process, which says where")
+        if problem:  # not through the console, which is the main process's
+            print(f"{problem}\nskipped", file=sys.stderr)
         self.optimizer.zero_grad()
         position.skipped += 1
 
@@ -234,10 +246,7 @@ class Trainer:
         cause = first_nonfinite(self.model, images, self.autocast, self.options)
         names = self.loader.sample_names(batch)
         listed = " The batch:" + "".join(f"\n  {name}" for name in names) if names else ""
-        return (
-            f"the loss is {loss} in epoch {epoch}, batch {batch} of {len(self.loader)}: {cause}. The last checkpoint "
-            f"stays. A lower --lr, a longer warm-up, --clip-grad 1 or --amp-dtype bfloat16 often helps.{listed}"
-        )
+        return f"the loss is {loss} in epoch {epoch}, batch {batch} of {len(self.loader)}: {cause}. {_ADVICE}{listed}"
 
 
 @torch.inference_mode()

@@ -224,7 +224,13 @@ class _Run:
         )
 
     def save(self, *names: str) -> None:
-        """Write the run as it is under all `names`; every process takes part, the main one writes."""
+        """Write the run as it is under all `names`; every process takes part, the main one writes.
+
+        Raises NonFiniteLossError instead if weights are not finite.
+        """
+        for name, parameter in self.trainer.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise NonFiniteLossError(f"{name} is not finite after {self.position}; the last checkpoint stays")
         state = {
             **snapshot(self.trainer, self.position),
             "best_acc1": self.best_acc1,
