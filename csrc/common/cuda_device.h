@@ -243,14 +243,13 @@ MAMBA_SSM_DEVICE void multiply_tiles(float (&sum)[4], float a0, float a1, float 
   }
 #endif
 }
-// What multiply_tiles ignores of a value; exact.
-MAMBA_SSM_DEVICE float ignored_part(float value) {
+// What multiply_tiles sees of a value for certain; the rest, value - tile_part(value), is exact.
+MAMBA_SSM_DEVICE float tile_part(float value) {
   std::uint32_t bits;
   memcpy(&bits, &value, 4);
   bits &= 0xffffe000u;
-  float kept;
-  memcpy(&kept, &bits, 4);
-  return value - kept;
+  memcpy(&value, &bits, 4);
+  return value;
 }
 
 // ---- launch ------------------------------------------------------------------------------------------------------

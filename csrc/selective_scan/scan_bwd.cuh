@@ -164,7 +164,7 @@ MAMBA_SSM_DEVICE void finish_backward(const GpuScan& scan, const GpuScanGradient
 //
 // The thread's terms of two states are a row of the left factor of a product on the tensor cores, see multiply_tiles;
 // the right factor has ones in these states' columns. That sums over groups of four lanes; shuffles do the rest. Exact:
-// what the products ignore of their terms is multiplied apart.
+// each term is multiplied in two parts, as the products have only tf32's precision.
 template <bool Exact>
 class ChannelSums {
  public:
@@ -178,10 +178,12 @@ class ChannelSums {
   MAMBA_SSM_DEVICE void add(int j, const float (&dB)[2], const float (&dC)[2]) {
     const int column = threadIdx.x % kWarp / 4;
     const float first = column == j ? 1.0f : 0.0f, second = column == j + 1 ? 1.0f : 0.0f;
-    multiply_tiles(sums_, dB[0], dC[0], dB[1], dC[1], first, second);
     if constexpr (Exact) {
-      multiply_tiles(sums_, ignored_part(dB[0]), ignored_part(dC[0]), ignored_part(dB[1]), ignored_part(dC[1]), first,
-                     second);
+      const float B0 = tile_part(dB[0]), B1 = tile_part(dB[1]), C0 = tile_part(dC[0]), C1 = tile_part(dC[1]);
+      multiply_tiles(sums_, B0, C0, B1, C1, first, second);
+      multiply_tiles(sums_, dB[0] - B0, dC[0] - C0, dB[1] - B1, dC[1] - C1, first, second);
+    } else {
+      multiply_tiles(sums_, dB[0], dC[0], dB[1], dC[1], first, second);
     }
   }
 
