@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 import torch
 from trainer_runs import DIGITS, FOLDER_TOY, TOY, VIM, assert_same_run, digit_folder, read_log
 
-from vim.checkpoint import load_checkpoint
+from vim.checkpoint import CheckpointError, load_checkpoint
 from vim.config import ConfigError
 from vim.distributed import World, join
+from vim.main import main
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -104,6 +106,16 @@ def test_a_signal_to_one_process_stops_all_and_the_resumed_run_is_the_unbroken_o
     assert_same_run(folder / "broken", folder / "whole")
     stopped, resumed, whole = (two[name][0]["losses"] for name in ("stopped", "resumed", "whole"))
     assert stopped + resumed == whole
+
+
+def test_one_process_goes_on_with_the_run_of_two(two, folder, tmp_path, capsys):
+    output = shutil.copytree(folder / "whole", tmp_path / "run")
+    flags = [*STATEFUL, str(output), "--resume", "auto", "--epochs", "3"]
+    main([*flags, "--batch-size", "128"])
+    assert "is of 2 processes, now there are 1: random numbers start anew" in capsys.readouterr().out
+    assert [record["epoch"] for record in read_log(output)] == [0, 1, 2]
+    with pytest.raises(CheckpointError, match="images per update: 128 in the checkpoint, 64 now"):
+        main([*flags, "--batch-size", "64"])
 
 
 def test_a_loss_that_is_not_finite_on_one_process_ends_all(two, folder):
