@@ -236,8 +236,8 @@ MAMBA_SSM_DEVICE void read_quad(const InputMatrix& m, const float (&row)[tile::k
   for (int j = 0; j < kQuad; ++j) values[j] = !Packed && m.constant ? constant[quad + j] : varying[j];
 }
 
-// Advances the thread's states through the steps from `first` to `first` + kPart. function(i, j, a_bar, before, after)
-// is told of state j in the i-th of them.
+// Advances the thread's states through the steps from `first` to `first` + kPart. function(i, j, a_bar, before) is told
+// of state j before the i-th of them.
 template <class Method, bool Packed, class Function>
 MAMBA_SSM_DEVICE void advance_part(const ScanParams& p, const Thread& thread, int first, const Adjoint<Method>& a,
                                    const ConstantMatrices& constant, const BackwardMemory& memory,
@@ -258,7 +258,7 @@ MAMBA_SSM_DEVICE void advance_part(const ScanParams& p, const Thread& thread, in
         const Transition<Real> transition = Method::forward(delta, k[j]);
         const float before = h[quad + j];
         h[quad + j] = transition.a_bar.value * before + (transition.c * u).value * B[j];
-        function(i, quad + j, transition.a_bar.value, before, h[quad + j]);
+        function(i, quad + j, transition.a_bar.value, before);
       }
     }
   }
@@ -274,7 +274,7 @@ MAMBA_SSM_DEVICE void backward_part(const ScanParams& p, const Chunk& chunk, con
   float y[kPart] = {}, du[kPart] = {}, ddelta[kPart] = {};
 
   advance_part<Method, Packed>(p, thread, first, a, constant, memory, h,
-                               [&](int i, int j, float transition, float old_state, float) {
+                               [&](int i, int j, float transition, float old_state) {
                                  before[i][j] = old_state;
                                  a_bar[i][j] = transition;
                                });
@@ -433,8 +433,7 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
         kept[i * tile::kThreads] = {h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3]};
       }
       if (part == parts - 1) break;
-      advance_part<Method, Packed>(p, thread, part * kPart, a, constant, memory, h,
-                                   [](int, int, float, float, float) {});
+      advance_part<Method, Packed>(p, thread, part * kPart, a, constant, memory, h, [](int, int, float, float) {});
     }
 #pragma unroll 1
     for (int part = parts - 1; part >= 0; --part) {
