@@ -197,8 +197,9 @@ def _empty_like_activation(like: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_empty(batch, channels, length, dtype=dtype)
 
 
-def _checkpoint_interval(states: int) -> int:
-    return min(max((states + 15) // 16 * 16, 32), 256)
+def _checkpoint_interval(states: int, device_type: str) -> int:
+    """Steps between checkpoints of the state, as the kernels of that device have it."""
+    return 16 if device_type == "cuda" else min(max((states + 15) // 16 * 16, 32), 256)
 
 
 @torch.library.register_fake("mamba_ssm::selective_scan_fwd")
@@ -208,7 +209,7 @@ def _(
 ):  # fmt: skip
     batch, channels, length = u.shape
     states = A.shape[1]
-    chunks = -(-length // _checkpoint_interval(states)) if save else 0
+    chunks = -(-length // _checkpoint_interval(states, u.device.type)) if save else 0
     return (
         _empty_like_activation(u, torch.float32 if float_out else u.dtype),
         u.new_empty(batch, channels, states, dtype=torch.float32),
