@@ -163,7 +163,7 @@ def test_lengths(length, dtype):
 @pytest.mark.parametrize("method", ["zoh", "bilinear", "poly"])
 @pytest.mark.parametrize("states", [1, 8, 16, 17, 64, 256])
 def test_numbers_of_states(states, method):
-    interval = selective_scan._checkpoint_interval(states)
+    interval = selective_scan._checkpoint_interval(states, "cpu")
     length = 2 * interval + 3 if method == "zoh" else 20  # several checkpoints
     compare(make_inputs(channels=18, length=length, states=states), method, reverse=states == 17)
 
