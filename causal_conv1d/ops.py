@@ -6,6 +6,7 @@ int32, initial_states in x's dtype; times are those of x, states are in scan ord
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("causal_conv1d", "FRAGMENT")
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, bool silu, bool reverse"
@@ -110,3 +111,23 @@ def refuse_second_derivative(operator: str) -> None:
 
 
 refuse_second_derivative("causal_conv1d::conv_bwd")
+
+
+# For torch.utils.flop_counter.FlopCounterMode, from the shapes of the tensors. As in torch's own formulas of
+# convolutions, a multiply-add is two operations, and bias and activation are not counted.
+
+
+def _conv_flops(x: tuple[int, int, int], weight: tuple[int, int]) -> int:
+    batch, channels, length = x
+    return 2 * batch * channels * length * weight[1]
+
+
+@register_flop_formula(torch.ops.causal_conv1d.conv_fwd)
+def _(x, weight, *options, out_shape=None) -> int:
+    return _conv_flops(x, weight)
+
+
+@register_flop_formula(torch.ops.causal_conv1d.conv_bwd)
+def _(dout, x, weight, bias, seq_idx, initial_states, silu, reverse, dx_addend, *, out_shape=None) -> int:
+    """The gradients of x and weight, and with silu the convolution once more, for its slope."""
+    return (2 + silu) * _conv_flops(x, weight)

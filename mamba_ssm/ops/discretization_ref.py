@@ -6,7 +6,7 @@ A continuous model  h'(t) = A h(t) + B(t) u(t)  becomes, with a step Δ,
 
 `METHODS` is the table of all methods, in the order of the C++ table (`csrc/selective_scan/discretization.h`). With
 x = ΔA and the functions φ1 = (eˣ-1)/x, φ2 = (eˣ-1-x)/x², φ3 = (eˣ-1-x-x²/2)/x³, one function per method states its
-equation. To add a method, write one such function and one row here, and one struct there.
+equation. To add a method, write one such function and one row here, with the operations it costs, and one struct there.
 
 The first six rows are the methods of "Beyond ZOH: Advanced Discretization Strategies for State Space Models", by their
 mathematical definitions. The `_taylor` rows are the truncated coefficients with which the paper's code was published;
@@ -195,6 +195,21 @@ class Discretization:
     A_bar, c: the equations, as text.
     held_order: global order in Δ for an input held constant over each step; inf: exact; None: does not converge.
     function: the equations, for a step with diagonal or full A.
+    forward_operations: arithmetic operations for Ā and c, per state and step.
+    backward_operations: those for Ā, c, their derivatives, and the gradients of Δ and A from those of Ā and c.
+
+    An operation is one addition, subtraction, multiplication, division or exp; what depends on A alone is computed once
+    and counts as nothing. The forms counted, with e = eˣ - 1 and m, a, b, d, α, β, γ, δ for what is made of A:
+
+        forward     x and eˣ 2, then c: zoh 0; zoh_exact a e 2; foh a (e - x) 3; poly a e + b x 4; highorder
+                    a e + x (b + d x) 6; rk4 and the other polynomials Δ (m0 + m1 Δ + m2 Δ² + m3 Δ³) 7, foh_taylor one
+                    factor Δ more, 8. bilinear: ΔA/2, w = 1/(1 - ·) 3, Ā = w (1 + ·) 2, c = Δ w 1.
+        dĀ/dx       eˣ again; bilinear w² 1.
+        ∂c/∂Δ       zoh 0; zoh_exact eˣ 0; foh a e 1; poly a eˣ + b 2; highorder a eˣ + b + d x 4; bilinear w² again;
+                    polynomials m0 + … + m3 Δ³ 6, foh_taylor one factor Δ more, 7.
+        ∂c/∂A       zoh 0; zoh_exact a (Δ eˣ - c) 3; foh a (e (x - 2) + 2 x) 5; poly e (α + β x) + γ x 5; highorder
+                    e (α + β x) + x (γ + δ x) 7; bilinear c²/2 2; polynomials Δ² (m1 + m2 Δ + m3 Δ²) 6, foh_taylor 7.
+        chain rule  g = Ā' dĀ/dx 1, A g + c' ∂c/∂Δ 3, Δ g + c' ∂c/∂A 3; zoh, with ∂c/∂Δ = 1 and ∂c/∂A = 0: 1 + 2 + 1.
     """
 
     name: str
@@ -202,25 +217,31 @@ class Discretization:
     c: str
     held_order: float | None
     function: Callable[[_Step], tuple[Tensor, Tensor]]
+    forward_operations: int
+    backward_operations: int
 
 
 _ROWS = (
-    Discretization("zoh", "eˣ", "Δ", 1, _zoh),
-    Discretization("foh", "eˣ", "Δ²φ2", None, _foh),
-    Discretization("bilinear", "(1 + x/2) / (1 - x/2)", "Δ / (1 - x/2)", 2, _bilinear),
-    Discretization("poly", "eˣ", "Δφ1 + ½Δ²φ2", 1, _poly),
-    Discretization("highorder", "eˣ", "Δφ1 + Δ²φ2 + ½Δ³φ3", 1, _highorder),
-    Discretization("rk4", "eˣ", "Δ(1 + x/2 + x²/6 + x³/24)", 4, _rk4),
-    Discretization("foh_taylor", "eˣ", "Δ²/2 + AΔ³/6 + A²Δ⁴/24 + A³Δ⁵/120", None, _foh_taylor),
-    Discretization("poly_taylor", "eˣ", "Δ + (A/2 + 1/4)Δ² + (A²/6 + A/12)Δ³ + (A³/24 + A²/48)Δ⁴", 1, _poly_taylor),
+    Discretization("zoh", "eˣ", "Δ", 1, _zoh, 2, 6),
+    Discretization("foh", "eˣ", "Δ²φ2", None, _foh, 5, 18),
+    Discretization("bilinear", "(1 + x/2) / (1 - x/2)", "Δ / (1 - x/2)", 2, _bilinear, 6, 16),
+    Discretization("poly", "eˣ", "Δφ1 + ½Δ²φ2", 1, _poly, 6, 20),
+    Discretization("highorder", "eˣ", "Δφ1 + Δ²φ2 + ½Δ³φ3", 1, _highorder, 8, 26),
+    Discretization("rk4", "eˣ", "Δ(1 + x/2 + x²/6 + x³/24)", 4, _rk4, 9, 28),
+    Discretization("foh_taylor", "eˣ", "Δ²/2 + AΔ³/6 + A²Δ⁴/24 + A³Δ⁵/120", None, _foh_taylor, 10, 31),
+    Discretization(
+        "poly_taylor", "eˣ", "Δ + (A/2 + 1/4)Δ² + (A²/6 + A/12)Δ³ + (A³/24 + A²/48)Δ⁴", 1, _poly_taylor, 9, 28
+    ),
     Discretization(
         "highorder_taylor",
         "eˣ",
         "Δ + (A/2 + 1/2)Δ² + (A²/6 + A/6 + 1/12)Δ³ + (A³/24 + A²/24 + A/48)Δ⁴",
         1,
         _highorder_taylor,
+        9,
+        28,
     ),
-    Discretization("zoh_exact", "eˣ", "Δφ1", math.inf, _zoh_exact),
+    Discretization("zoh_exact", "eˣ", "Δφ1", math.inf, _zoh_exact, 4, 14),
 )
 
 METHODS: dict[str, Discretization] = {row.name: row for row in _ROWS}

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
 from causal_conv1d.reference import check_conv_arguments
@@ -162,6 +163,10 @@ class _MixerScan(torch.autograd.Function):
                 dD,
             ]
         return None, None, dx, dz, *gradients
+
+
+if torch.ops.aten.addmm_ not in flop_registry:  # torch's counter knows addmm, but not the addmm_ of these gradients
+    register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(flop_registry[torch.ops.aten.addmm])
 
 
 def _directions(parameters: list[Tensor | None]) -> list[Direction]:

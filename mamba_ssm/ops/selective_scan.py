@@ -11,9 +11,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from causal_conv1d.ops import refuse_second_derivative
 from mamba_ssm._backend import use_kernel
+from mamba_ssm.ops.discretization_ref import get_method
 from mamba_ssm.ops.selective_scan_ref import (
     ScanArgs,
     bidirectional_scan_ref,
@@ -272,6 +274,54 @@ def _backward(ctx, dout, dlast_state, dcheckpoints):
 
 torch.library.register_autograd("mamba_ssm::selective_scan_fwd", _backward, setup_context=_setup_context)
 refuse_second_derivative("mamba_ssm::selective_scan_bwd")
+
+
+# ---- what torch.utils.flop_counter.FlopCounterMode needs to know of them ------------------------------------------
+
+
+@register_flop_formula(torch.ops.mamba_ssm.selective_scan_fwd)
+def selective_scan_flops(
+    u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, addend,
+    scale, delta_softplus, reverse, method, float_out, save, *, out_shape=None,
+) -> int:  # fmt: skip
+    """Operations of `selective_scan_fwd` from the shapes of its tensors; a multiply-add is two, an exp one.
+
+    Per state and step: Ā and c, `forward_operations` of the method; c·B·u 2, h = Ā h + · 2, C·h 2. For zoh these are 8.
+    Per channel and step: D u 2 where D is given, and 2 R for Δ = delta_weight · delta. Elementwise operations around
+    them (bias, softplus, gate, scale, addend) are not counted, as torch's counter counts none.
+
+    The figure often quoted, 9·B·L·D·N + B·L·D (state-spaces/mamba, issue 110), is that of zoh in a parallel scan, whose
+    2 L compositions of 3 operations make 6 of the 9; this recurrence needs 2 there. Its last term is D u as one
+    operation.
+    """
+    batch, channels, length = u
+    per_state = get_method(method).forward_operations + 6
+    per_channel = 2 * (D is not None) + _delta_flops(delta_weight)
+    return batch * channels * length * (A[1] * per_state + per_channel)
+
+
+@register_flop_formula(torch.ops.mamba_ssm.selective_scan_bwd)
+def selective_scan_backward_flops(
+    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_weight, dz_addend, checkpoints,
+    scale, delta_softplus, reverse, method, float_dz, *, out_shape=None,
+) -> int:  # fmt: skip
+    """Operations of `selective_scan_bwd`, what it computes again included, in the units of `selective_scan_flops`.
+
+    Per state and step: Ā and c with their derivatives and the gradients of Δ and A, `backward_operations` of the
+    method; the state again, with c·u and c·u·B 4; its gradient g = C dout + Ā g 3; the gradients of Ā, g·h 1, of c,
+    g·B·u 2, and shares of those of u, g·B·c 2, of B, g·(c·u) 2, and of C, h·dout 2; the sums into those of Δ and A 2.
+    For zoh these are 24. With z, whose gradient needs the output before the gate, C·h again 2.
+    Per channel and step: 4 for the gradients of u and D through D u where D is given, and 2 R for Δ again.
+    The gradients of delta and delta_weight are matrix products outside of the operator.
+    """
+    batch, channels, length = u
+    per_state = get_method(method).backward_operations + 18 + 2 * (z is not None)
+    per_channel = 4 * (D is not None) + _delta_flops(delta_weight)
+    return batch * channels * length * (A[1] * per_state + per_channel)
+
+
+def _delta_flops(delta_weight: tuple[int, int] | None) -> int:
+    return 0 if delta_weight is None else 2 * delta_weight[1]
 
 
 def scan_gradients(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, *rest):
