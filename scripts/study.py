@@ -3,6 +3,7 @@
     python scripts/study.py --preset demo                         # the paper's six methods, three seeds, output/demo
     python scripts/study.py --preset demo --methods all --seeds 0 1 2 3 4
     python scripts/study.py --output output/lr -- --lr 3e-3       # what follows -- goes to vim/main.py
+    python scripts/study.py --task ops                            # no training: problems with known answers
 
 Every run is one call of `vim.main.main` in a process of its own with one thread, as many at a time as there are cores.
 Time and memory are measured afterwards, one process at a time. The output folder receives
@@ -325,6 +326,17 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
 
 # ---- Command line --------------------------------------------------------------------------------------------------
 
+TASKS = ("cls", "ops")
+
+
+def split_task(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The task, and the arguments without it; what follows -- is the trainer's and not looked at."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", choices=TASKS, default="cls")
+    args, rest = parser.parse_known_args(argv[:end])
+    return args.task, [*rest, *argv[end:]]
+
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
     own, trainer = list(argv), []
@@ -335,6 +347,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
         description="Train a small VisionMamba with each discretization method, over several seeds, and compare.",
         epilog="Arguments after -- are added to those of vim/main.py.",
     )
+    parser.add_argument("--task", choices=TASKS, default="cls", help="cls: classification; ops: see --task ops --help")
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="model, epochs, methods and seeds")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"'paper', 'all' or any of {', '.join(METHODS)}")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="one run per method and seed")
@@ -434,6 +447,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["--work"]:
         work(Path(argv[1]))
         return 0
+    task, arguments = split_task(argv)
+    if task == "ops":
+        import study_ops
+
+        return study_ops.main(arguments)
     args, preset = parse(argv)
     try:
         with exclusive(args.output):

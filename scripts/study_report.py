@@ -47,11 +47,11 @@ def _colour_and_marker(method: str) -> tuple[str, str]:
     return _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
 
 
-def _line(method: str) -> dict[str, Any]:
+def line_style(method: str) -> dict[str, Any]:
     return {"color": _colour_and_marker(method)[0], "linestyle": "--" if method.endswith("_taylor") else "-", "lw": 1.6}
 
 
-def _points(method: str) -> dict[str, Any]:
+def point_style(method: str) -> dict[str, Any]:
     colour, marker = _colour_and_marker(method)
     fill = "white" if method.endswith("_taylor") else colour
     return {"color": colour, "marker": marker, "markerfacecolor": fill, "linestyle": "none", "capsize": 4, "ms": 7}
@@ -112,7 +112,7 @@ def markdown_table(results: Results) -> str:
     return "\n".join(lines) + "\n\n" + table_note(results) + "\n"
 
 
-def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
@@ -143,7 +143,7 @@ def plot_accuracy_cost(results: Results) -> Figure:
         if row["accuracy_mean"] is None or row.get("epoch_time_s") is None:
             continue
         x, y, error = row["epoch_time_s"], row["accuracy_mean"], row["accuracy_std"] or 0.0
-        axes.errorbar(x, y, error, label=row["method"], **_points(row["method"]))
+        axes.errorbar(x, y, error, label=row["method"], **point_style(row["method"]))
     axes.set(xlabel="training time per epoch, s (one thread)", ylabel="held-out accuracy, %")
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
@@ -163,8 +163,8 @@ def plot_curves(results: Results) -> Figure:
         for axes, key in ((left, "train_loss"), (right, "test_acc1")):
             values = np.array([[epoch[key] for epoch in history] for history in histories])
             epochs = 1 + np.arange(values.shape[1])
-            axes.plot(epochs, values.mean(0), label=method, **_line(method))
-            axes.fill_between(epochs, values.min(0), values.max(0), color=_line(method)["color"], alpha=0.1, lw=0)
+            axes.plot(epochs, values.mean(0), label=method, **line_style(method))
+            axes.fill_between(epochs, values.min(0), values.max(0), color=line_style(method)["color"], alpha=0.1, lw=0)
         lowest = min(lowest, values[:, -1].min())
     left.set(xlabel="epoch", ylabel="training loss")
     # The first epochs all look alike; what counts is the top.
@@ -216,13 +216,13 @@ def plot_coefficients() -> Figure:
     values = {method: np.abs(coefficients(method, x, -1.0)[0]) for method in METHODS}
     for method, group in _groups(values).items():
         label = f"{_equation(method)}: {method if len(group) == 1 else f'{len(group)} methods'}"
-        first.plot(-x, values[method], label=label, **_line(method))
+        first.plot(-x, values[method], label=label, **line_style(method))
     first.set(title="state factor |Ā|", xlabel="-x = -ΔA", xscale="log", ylim=(0, 1.3))
     first.legend(loc="upper left", frameon=False)
 
     for axes, rate in zip(others, (-1.0, -16.0), strict=True):
         for method in METHODS:
-            axes.plot(-x, coefficients(method, x, rate)[1], label=method, **_line(method))
+            axes.plot(-x, coefficients(method, x, rate)[1], label=method, **line_style(method))
         axes.axhline(0, color="0.6", lw=0.8)
         axes.set(title=f"input factor c/Δ at A = {rate:g}", xlabel="-x = -ΔA", xscale="log")
         axes.set_yscale("symlog", linthresh=1, linscale=2)
@@ -271,6 +271,20 @@ PLOTS = {
     ),
 }
 
+_NO_REVISION = "not a git checkout"
+
+STYLE = """\
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid #444; }
+figure { margin: 2rem 0; }
+figcaption { color: #555; font-size: .9rem; }
+img { max-width: 100%; }
+code, pre { font-size: .85rem; background: #f4f4f4; overflow-wrap: anywhere; white-space: pre-wrap; }
+"""
+
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -278,16 +292,7 @@ _PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Discretization methods in VisionMamba</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }}
-th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; }}
-thead th {{ border-bottom: 2px solid #444; }}
-figure {{ margin: 2rem 0; }}
-figcaption {{ color: #555; font-size: .9rem; }}
-img {{ max-width: 100%; }}
-code, pre {{ font-size: .85rem; background: #f4f4f4; overflow-wrap: anywhere; white-space: pre-wrap; }}
-</style>
+{style}</style>
 </head>
 <body>
 <h1>Discretization methods in VisionMamba</h1>
@@ -355,36 +360,42 @@ def _resolution(results: Results) -> str:
     )
 
 
-def html_report(results: Results, plots: dict[str, bytes]) -> str:
-    """One self-contained page: tables, plots (embedded), caveats, and how it was made."""
-    failed = results["failed"]
-    rows = differences(results)
-    heading = ("against zoh, points", "mean", "smallest", "largest", "all seeds agree in sign")
-    env = results["environment"]
-    unknown = "not a git checkout"
-    revisions = sorted({run["environment"]["revision"] or unknown for run in results["runs"]})
-    facts = [
-        ("date (UTC)", results["created"]),
-        ("git revision", env["revision"] or unknown),
-        ("revisions of the runs", ", ".join(revisions) or "–"),
+def environment_rows(env: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `vim.provenance.environment` found, as rows of a table."""
+    return [
+        ("git revision", env["revision"] or _NO_REVISION),
         ("Python", env["python"]),
         *((name, number or "not installed") for name, number in env["packages"].items()),
         ("system", env["system"]),
         ("processor", f"{env['cpu']}, {env['cores']} cores available"),
     ]
+
+
+def html_report(results: Results, plots: dict[str, bytes]) -> str:
+    """One self-contained page: tables, plots (embedded), caveats, and how it was made."""
+    failed = results["failed"]
+    rows = differences(results)
+    heading = ("against zoh, points", "mean", "smallest", "largest", "all seeds agree in sign")
+    revisions = sorted({run["environment"]["revision"] or _NO_REVISION for run in results["runs"]})
+    facts = [
+        ("date (UTC)", results["created"]),
+        ("revisions of the runs", ", ".join(revisions) or "–"),
+        *environment_rows(results["environment"]),
+    ]
     return _PAGE.format(
-        table=_html_table(COLUMNS, _rows(results)),
+        style=STYLE,
+        table=html_table(COLUMNS, _rows(results)),
         note=html.escape(table_note(results)),
         failed=f"<p><strong>Failed runs, left out: {html.escape(', '.join(failed))}.</strong></p>" if failed else "",
         curves="".join(_figure(name, plots[name]) for name in ("accuracy_cost.png", "curves.png")),
         spread=html.escape(_spread(results)),
         resolution=html.escape(_resolution(results)),
-        differences="<p>Differences in accuracy, paired by seed:</p>" + _html_table(heading, rows) if rows else "",
+        differences="<p>Differences in accuracy, paired by seed:</p>" + html_table(heading, rows) if rows else "",
         methods="".join(_figure(name, plots[name]) for name in ("coefficients.png", "stability.png")),
         command=html.escape(results["command"]),
         epochs=results["settings"]["epochs"],
         trainer=html.escape(results["settings"]["trainer"]),
-        environment=_html_table(("", ""), facts),
+        environment=html_table(("", ""), facts),
     )
 
 

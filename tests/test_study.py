@@ -344,7 +344,7 @@ def test_every_method_is_drawn_and_can_be_told_apart(report):
     figure = report.plot_coefficients()
     for axes in figure.axes[1:]:
         assert [line.get_label() for line in axes.lines[: len(METHODS)]] == list(METHODS)
-    styles = {(report._line(method)["color"], report._line(method)["linestyle"]) for method in METHODS}
+    styles = {(report.line_style(method)["color"], report.line_style(method)["linestyle"]) for method in METHODS}
     assert len(styles) == len(METHODS)
     titles = " ".join(axes.get_title() for axes in report.plot_stability().axes)
     assert all(re.search(rf"\b{method}\b", titles) for method in METHODS)
