@@ -581,8 +581,7 @@ PLOTS: dict[str, tuple[Callable[[Results], Figure], str]] = {
         "Relaxations with A from -1/4 to -16: error relative to the exact solution against Δ; what is below 1e-12 is "
         "drawn there. Left: constant input over each step. Middle: smooth input, sampled at a step's end. Right: the "
         "same after the best constant factor per state, truncated rows by their definitions; all methods but bilinear "
-        "coincide. Hollow marks lie inside "
-        "each other where curves coincide.",
+        "coincide. Hollow marks lie inside each other where curves coincide.",
     ),
     "exponentials": (
         _plot_exponentials,
