@@ -10,7 +10,7 @@
 // cancellation for every x ≤ 0: near 0 as a series, elsewhere in closed form.
 //
 // To add a method: write its struct, list it in MAMBA_SSM_DISCRETIZATIONS, and write its function in
-// mamba_ssm/ops/discretization_ref.py. A test holds the two tables equal.
+// mamba_ssm/ops/discretization_ref.py, where the operations it costs stand too. A test holds the two tables equal.
 #pragma once
 
 #if defined(MAMBA_SSM_ISA)
