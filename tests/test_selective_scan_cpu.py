@@ -638,6 +638,17 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         torch.ops.mamba_ssm.selective_scan_fwd(*(inputs[n] for n in names), 1.0, True, False, "euler", False, False)
 
 
+@needs_kernel
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_kernels_touch_nothing_outside_of_their_tensors(isa):
+    program = Path(__file__).with_name("guarded_memory.py")
+    environment = {**os.environ, "MAMBA_SSM_CPU_ISA": isa}
+    result = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True)
+    if "that this processor has" in result.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert result.returncode == 0 and "nothing outside was touched" in result.stdout, result.stderr[-2000:]
+
+
 # ---- Which backend runs --------------------------------------------------------------------------------------------
 
 

@@ -72,9 +72,10 @@ MAMBA_SSM_INLINE void prefetch_next(const Tile& tile, const ConvArray& a, i64 b,
   }
 }
 
-// x[t], or for t < 0 an initial state, which may have any strides.
+// x[t], or for t < 0 an initial state, which may have any strides. Past the end, where the backward pass looks, zeros.
 template <int W, class Tile>
 MAMBA_SSM_INLINE vfloat load_input(const Tile& tile, const ConvProblem& p, i64 b, i64 d, i64 t) {
+  if (!tile.whole && t >= p.seqlen) return vfloat{};
   if (t >= 0) return load_channels(tile, p.x, b, d, t);
   vfloat v{};
   if (p.initial.data != nullptr) {
