@@ -345,6 +345,7 @@ def test_yaml_is_under_the_command_line_and_over_the_data_set(tmp_path):
         ("resplit: true", "resplit is refused: has no effect"),
         ("lr: fast", r"--config .*a.yaml: argument --lr: could not convert|--config .*a.yaml: argument --lr: invalid"),
         ("lr: true", "lr must not be true"),
+        ("lr: [1, 2]", "lr must be one value; it is the list"),
         ("eval: 1", "eval must be true or false; it is 1"),
         ("eval: true", "--eval needs --resume"),
         ("- lr", "is not a list of `flag: value` lines"),

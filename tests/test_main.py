@@ -270,6 +270,13 @@ def test_resume_with_the_same_update_split_otherwise(unbroken, tmp_path):
         toy(output, "--resume", "auto", "--batch-size", "64", epochs=5)
 
 
+def test_another_number_of_updates_per_epoch_is_refused(tmp_path):
+    """As many images per update, but what is left of an epoch counts as an update or not."""
+    toy(tmp_path, "--batch-size", "64", "--grad-accum-steps", "3", epochs=1)
+    with pytest.raises(CheckpointError, match="has 8 updates per epoch, this run would have 7"):
+        toy(tmp_path, "--resume", "auto", "--batch-size", "192", epochs=2)
+
+
 @pytest.mark.parametrize("writes", range(1, 8))
 def test_death_between_any_two_writes_costs_nothing(unbroken, tmp_path, monkeypatch, writes):
     """First the configuration; an epoch writes log, best checkpoint (if it is), checkpoint. Any may be the last."""

@@ -385,6 +385,8 @@ def _as_flag(actions: Sequence[argparse.Action], value: Any, where: str) -> list
     if isinstance(value, Mapping):
         return [flag, *(f"{name}={item}" for name, item in value.items())]
     if isinstance(value, list):
+        if actions[0].nargs is None:
+            raise ConfigError(f"{where} must be one value; it is the list {value!r}")
         return [flag, *map(str, value)]
     return [f"{flag}={value}"]
 

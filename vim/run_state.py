@@ -119,6 +119,7 @@ def snapshot(trainer: Trainer, position: Position) -> dict[str, Any]:
         "scaler": trainer.scaler.state_dict(),
         "epoch": position.epoch - 1,
         "position": dataclasses.asdict(position),
+        "updates_per_epoch": trainer.updates_per_epoch,
         "rng": trainer.world.gather(rng_state(trainer.world.device)),
     }
 
@@ -126,8 +127,15 @@ def snapshot(trainer: Trainer, position: Position) -> dict[str, Any]:
 def restore(trainer: Trainer, checkpoint: Mapping[str, Any], source: str) -> tuple[Position, float]:
     """Put `trainer` and the random generators where `checkpoint` left them; returns position and best acc@1 so far.
 
-    Raises CheckpointError if the weights do not fit, or the averaged ones are wanted and missing.
+    Raises CheckpointError if the weights do not fit, the averaged ones are wanted and missing, or an epoch had another
+    number of updates, by which learning rates and positions count.
     """
+    updates = checkpoint.get("updates_per_epoch", trainer.updates_per_epoch)
+    if updates != trainer.updates_per_epoch:
+        raise CheckpointError(
+            f"{source} has {updates} updates per epoch, this run would have {trainer.updates_per_epoch}: go on with "
+            "the --batch-size and --grad-accum-steps of that run, or start anew in another --output_dir"
+        )
     load_model(trainer.model, model_state(checkpoint, source), source)
     if trainer.ema is not None:
         load_model(trainer.ema.module, model_state(checkpoint, source, ema=True), source)
