@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from test_selective_scan_cpu import assert_as_accurate, decay_rates, needs_kernel
 from torch import Tensor
 
+from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import METHODS
 from mamba_ssm.ops.mamba_inner import Direction, mixer_scan, project_in
 
@@ -123,6 +124,47 @@ def test_wrong_parameters_are_named(change, message):
         mixer_scan(x, z, forward, backward._replace(**change))
 
 
+@needs_kernel
+def test_project_in_and_its_gradient():
+    """The backward pass by hand, in float32 where kernels serve, also called inside of autocast."""
+    h, weight, bias = (torch.randn(size, requires_grad=True) for size in ((2, 7, 5), (6, 5), (6,)))
+    x, z = project_in(h, weight, bias)
+    out = F.linear(h, weight, bias)
+    torch.testing.assert_close(torch.cat([x, z], dim=1).transpose(1, 2), out)
+    dout = torch.randn_like(out)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(torch.cat([x, z], dim=1).transpose(1, 2), (h, weight, bias), dout)
+    torch.testing.assert_close(found, torch.autograd.grad(out, (h, weight, bias), dout))
+
+
+@needs_kernel
+def test_backward_inside_of_autocast():
+    x, z, directions = make_inputs()
+    leaves = [x.requires_grad_(), *(t.requires_grad_() for d in directions for t in d)]
+    out = mixer_scan(x, z, *directions)
+    expected = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_direction_is_needed():
+    x, z, _ = make_inputs()
+    with pytest.raises(ValueError, match="expected a Direction for at least one"):
+        mixer_scan(x, z, None, None)
+
+
+def test_the_reference_keeps_every_derivative(monkeypatch):
+    monkeypatch.setenv("VIM_USE_CUDA_KERNEL", "0")
+    mixer = Mamba(8, d_state=3, bimamba_type="v2").double()
+    h = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(mixer(h).square().sum(), h, create_graph=True)
+    assert torch.autograd.grad(gradient.sum(), h)[0].isfinite().all()
+    assert torch.func.grad(lambda t: mixer(t).sum())(h.detach()).shape == h.shape
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mixer(h).isfinite().all()
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_project_in_is_a_linear_layer(bias):
     generator = torch.Generator().manual_seed(0)
@@ -135,6 +177,7 @@ def test_project_in_is_a_linear_layer(bias):
     assert torch.autograd.gradcheck(lambda *given: project_in(*given), leaves)
 
 
+@needs_kernel
 def test_project_in_follows_autocast():
     h, weight = torch.randn(2, 7, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -564,6 +564,7 @@ def test_other_instruction_sets(rerun_on_instruction_set):
     rerun_on_instruction_set(
         "test_every_method and reverse or test_values_match and 0.7 or test_layouts and float32 or test_derivatives"
         " or test_numbers and zoh or test_forms and bfloat16 and six_groups or test_nan_and_inf and channel_last"
+        " or test_steps_far"
     )
 
 

@@ -111,9 +111,9 @@ MAMBA_SSM_INLINE vfloat exp2(vfloat z) { return exp2_and_minus_one(z).value; }
 // With 2^f = 1 + f (ln 2 + f R(f)): 2^z − 1 − z ln 2 = (2^k − 1 − k ln 2) + f (ln 2 (2^k − 1) + 2^k f R(f)).
 MAMBA_SSM_INLINE Exp2Second exp2_and_second(vfloat z) {
   constexpr float kRound = 12582912.0f, kLn2 = 0.693147181f;
-  z = clamp(z, -126.0f, 127.9f);
-  const vfloat shifted = z + kRound, k = shifted - kRound;
-  const vfloat f = z - k;
+  const vfloat within = clamp(z, -126.0f, 127.9f);  // of the exponent; the linear term is z's own
+  const vfloat shifted = within + kRound, k = shifted - kRound;
+  const vfloat f = within - k;
   vfloat fR = splat(1.54531153e-4f);
   fR = fR * f + 1.33336021e-3f;
   fR = fR * f + 9.61808302e-3f;
@@ -122,7 +122,7 @@ MAMBA_SSM_INLINE Exp2Second exp2_and_second(vfloat z) {
   fR = fR * f;
   const vfloat power = bit_cast<vfloat>((bit_cast<vint>(shifted) << 23) + (127 << 23));
   const vfloat less = power - 1.0f;
-  return {power * ((fR + kLn2) * f) + power, (power * fR + less * kLn2) * f + (less - k * kLn2)};
+  return {power * ((fR + kLn2) * f) + power, (power * fR + less * kLn2) * f + (less - k * kLn2) + (within - z) * kLn2};
 }
 #endif
 

@@ -312,8 +312,9 @@ struct Hold : HoldSeries<W1, W2, W3> {
     const V z = delta * k.rate;
     const ExponentialSecond<V> e = exponential2_and_second(z);
     const V linear = W3 != 0 ? k.c_linear - z * k.c_squared : k.c_linear;
-    return {e.value, e.value, e.second * k.c_second + z * linear,
-            e.second * k.delta_second + (z * k.delta_linear + W1 / 6.0f),
+    const V c_delta =
+        W2 == 0 && W3 == 0 ? e.value * (W1 / 6.0f) : e.second * k.delta_second + (z * k.delta_linear + W1 / 6.0f);
+    return {e.value, e.value, e.second * k.c_second + z * linear, c_delta,
             e.second * (z * k.A_mixed - k.A_second) + (z * z) * k.A_squared};
   }
 };

@@ -153,7 +153,7 @@ class Mamba(nn.Module):
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, *cache)[0]
 
-        x, z = project_in(hidden_states, self.in_proj.weight, self.in_proj.bias)
+        x, z = project_in(hidden_states, self.in_proj.weight, self.in_proj.bias, use_cuda_kernel=self.use_cuda_kernel)
         if cache is not None:
             y = self._prefill(x, z, cache)
         elif self.bimamba_type == "v1":

@@ -69,6 +69,8 @@ def mixer_scan(
     Returns (B, D, L) in x's dtype. Raises ValueError for a wrong argument, as `selective_scan_fn` does.
     """
     directions = [d for d in (forward, backward) if d is not None]
+    if not directions:
+        raise ValueError("forward and backward: got None for both; expected a Direction for at least one")
     parameters = [t for direction in directions for t in direction]
     float64 = (t for t in parameters if t is not None and t.dtype == torch.float64)
     if not use_kernel(next(float64, x), use_cuda_kernel):
@@ -129,6 +131,11 @@ class _MixerScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
+        with torch.autocast(dout.device.type, enabled=False):  # the dtypes are those of the forward pass
+            return _MixerScan.gradients(ctx, dout)
+
+    @staticmethod
+    def gradients(ctx, dout):
         along, against, scale, delta_softplus, method = ctx.options
         x, z, *tensors = ctx.saved_tensors
         directions, kept = _directions(tensors[: ctx.count]), tensors[ctx.count :]
@@ -202,13 +209,21 @@ class _SplitLinear(torch.autograd.Function):
     def backward(ctx, dx, dz):
         h, weight = ctx.saved_tensors
         rows, (weight_x, weight_z), dx, dz = h.reshape(-1, h.shape[-1]), weight.chunk(2), _rows(dx), _rows(dz)
-        dh = (dx @ weight_x).addmm_(dz, weight_z).view(h.shape)
-        dweight = torch.cat([dx.t() @ rows, dz.t() @ rows])
+        with torch.autocast(h.device.type, enabled=False):  # the dtypes are those of the forward pass
+            dh = (dx @ weight_x).addmm_(dz, weight_z).view(h.shape)
+            dweight = torch.cat([dx.t() @ rows, dz.t() @ rows])
         return dh, dweight, torch.cat([dx.sum(0), dz.sum(0)]) if ctx.has_bias else None
 
 
-def project_in(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x and z, each (B, D, L) and channel-last, the halves of weight (2D, E) · h (B, L, E) + bias (2D,)."""
+def project_in(
+    h: Tensor, weight: Tensor, bias: Tensor | None = None, *, use_cuda_kernel: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """x and z, each (B, D, L) and channel-last, the halves of weight (2D, E) · h (B, L, E) + bias (2D,).
+
+    Where the reference serves instead of kernels, every derivative and transform that torch has works.
+    """
+    if not use_kernel(h, use_cuda_kernel):
+        return tuple(t.transpose(1, 2) for t in F.linear(h, weight, bias).chunk(2, dim=-1))
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
         h, weight, bias = (t if t is None else t.to(dtype) for t in (h, weight, bias))
