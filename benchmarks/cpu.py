@@ -60,7 +60,6 @@ from workloads import (
     inference,
     memory_peak,
     reset_memory_peak,
-    revision,
     scan_cases,
     scan_inputs,
     scan_with,
@@ -71,6 +70,7 @@ from workloads import (
 from mamba_ssm._backend import ENVIRONMENT_VARIABLE, unavailable, use_kernel
 from mamba_ssm.ops.discretization_ref import METHODS
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn, selective_scan_ref
+from vim.provenance import available_cores, revision
 
 # Operations per state-step, the exponential counted as one: what remains are multiply-adds. Backward recomputes nothing
 # of the forward in this count.
@@ -493,10 +493,6 @@ def breakdown(bench: Bench) -> Section:
 SECTIONS: dict[str, Callable[[Bench], Section]] = {
     section.__name__: section for section in (ceiling, scan, methods, length, model, breakdown)
 }
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> dict[str, Any]:

@@ -57,7 +57,6 @@ from workloads import (
     memory_peak,
     require_accuracy,
     reset_memory_peak,
-    revision,
     scan_cases,
     scan_with,
     set_count,
@@ -70,6 +69,7 @@ from mamba_ssm._backend import ENVIRONMENT_VARIABLE, unavailable, use_kernel
 from mamba_ssm.ops.discretization_ref import METHODS
 from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+from vim.provenance import revision
 
 DTYPE = torch.bfloat16
 

@@ -27,10 +27,11 @@ import torch
 from measure import Section, Table, significant
 from PIL import Image
 from rich.console import Console
-from workloads import ROOT, revision, write
+from workloads import ROOT, write
 
 from vim.data import build_loader
 from vim.main import parse_args as trainer_args
+from vim.provenance import revision
 
 SIZE = (500, 375)  # width, height
 CLASSES = 2

@@ -7,7 +7,6 @@ import json
 import math
 import platform
 import resource
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -261,18 +260,6 @@ def reset_memory_peak(device: torch.device = CPU) -> None:
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
-
-
-def revision() -> str | None:
-    def git(*command: str) -> str | None:
-        try:
-            result = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return result.stdout.strip()
-
-    head = git("rev-parse", "HEAD")
-    return f"{head} with local changes" if head and git("status", "--porcelain", "--untracked-files=no") else head
 
 
 def write(section: Section, record: dict[str, Any], folder: Path) -> None:

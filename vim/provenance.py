@@ -18,17 +18,20 @@ def environment() -> dict[str, Any]:
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         cpu = models[0] if models else cpu
-    revision = _git("rev-parse", "HEAD")
-    if revision and _git("status", "--porcelain", "--untracked-files=no"):
-        revision += " with local changes"
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "revision": revision,
+        "revision": revision(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu,
         "cores": available_cores(),
     }
+
+
+def revision() -> str | None:
+    """The checkout's commit, and whether files differ from it; None outside of a git checkout."""
+    head = _git("rev-parse", "HEAD")
+    return f"{head} with local changes" if head and _git("status", "--porcelain", "--untracked-files=no") else head
 
 
 def available_cores() -> int:

@@ -79,7 +79,8 @@ def mixer_scan(
     if torch.is_autocast_enabled(x.device.type):  # what autocast does to a linear layer
         directions = [d._replace(x_proj_weight=d.x_proj_weight.to(x.dtype)) for d in directions]
         parameters = [t for direction in directions for t in direction]
-    options = (forward is not None, backward is not None, scale, delta_softplus, discretization_method)
+    reversed_ = tuple(reverse for d, reverse in ((forward, False), (backward, True)) if d is not None)
+    options = (reversed_, scale, delta_softplus, discretization_method)
     return _MixerScan.apply(needs_gradient((x, z, *parameters)), options, x, z, *parameters)
 
 
@@ -108,10 +109,10 @@ class _MixerScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, save_checkpoints, options, x, z, *parameters):
-        along, against, scale, delta_softplus, method = options
+        reversed_, scale, delta_softplus, method = options
         directions = _directions(parameters)
         out, kept = None, []
-        for i, (direction, reverse) in enumerate(zip(directions, _reverse_flags(along, against), strict=True)):
+        for i, (direction, reverse) in enumerate(zip(directions, reversed_, strict=True)):
             last = i == len(directions) - 1
             conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D = direction
             check_conv_arguments(x, conv_weight, conv_bias, None, None, False, None, "silu")
@@ -136,12 +137,12 @@ class _MixerScan(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, dout):
-        along, against, scale, delta_softplus, method = ctx.options
+        reversed_, scale, delta_softplus, method = ctx.options
         x, z, *tensors = ctx.saved_tensors
         directions, kept = _directions(tensors[: ctx.count]), tensors[ctx.count :]
         dx = dz = None
         gradients = []
-        for i, (direction, reverse) in enumerate(zip(directions, _reverse_flags(along, against), strict=True)):
+        for i, (direction, reverse) in enumerate(zip(directions, reversed_, strict=True)):
             last = i == len(directions) - 1
             conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D = direction
             projected, checkpoints = kept[2 * i : 2 * i + 2]
@@ -179,10 +180,6 @@ if torch.ops.aten.addmm_ not in flop_registry:  # torch's counter knows addmm, b
 def _directions(parameters: list[Tensor | None]) -> list[Direction]:
     count = len(Direction._fields)
     return [Direction(*parameters[i : i + count]) for i in range(0, len(parameters), count)]
-
-
-def _reverse_flags(along: bool, against: bool) -> list[bool]:
-    return [False] * along + [True] * against
 
 
 def _split(projected: Tensor, dt_weight: Tensor, A: Tensor) -> tuple[Tensor, ...]:
