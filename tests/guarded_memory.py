@@ -42,9 +42,9 @@ def call_kernels(channels: int, length: int, states: int, reverse: bool, at_end:
     tensors = (x, dt, A, B, C, bias, dout, bias, dt_weight)
     options = (0.5, True, reverse, "poly")
     scan = torch.ops.mamba_ssm.selective_scan_fwd
-    _, _, checkpoints = scan(*tensors, None, addend, *options, False, True)
-    torch.ops.mamba_ssm.selective_scan_bwd(dout, None, *tensors, addend, checkpoints, *options, True)
-    scan(x, dout, *tensors[2:8], None, None, addend, *options, False, False)
+    _, _, checkpoints = scan(*tensors, None, addend, *options, False, 32)
+    torch.ops.mamba_ssm.selective_scan_bwd(dout, None, *tensors, addend, checkpoints, *options, True, 32)
+    scan(x, dout, *tensors[2:8], None, None, addend, *options, False, 0)
 
 
 if __name__ == "__main__":

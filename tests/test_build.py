@@ -32,8 +32,8 @@ def test_discretizations_compile_for_a_gpu(tmp_path):
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
 def test_the_scans_fast_path_keeps_to_its_registers(tmp_path):
-    """As launch_config.h has it, six forward and three backward blocks fit on a multiprocessor of 65,536 registers,
-    without spilling."""
+    """As launch_config.h has it, three blocks of either kernel fit on a multiprocessor of 65,536 registers, without
+    spilling."""
     source = ROOT / "csrc" / "tests" / "scan_fast_path.cu"
     command = [NVCC, "-std=c++20", "-O3", "-gencode=arch=compute_90,code=sm_90", "-cubin", "-Xptxas", "-v"]
     command += [f"-I{ROOT / 'csrc' / 'common'}", "-o", str(tmp_path / "out.cubin"), str(source)]
@@ -41,12 +41,12 @@ def test_the_scans_fast_path_keeps_to_its_registers(tmp_path):
     log = result.stdout + result.stderr
     assert result.returncode == 0, log
     assert "warning" not in log
-    budgets = {"forward": 80, "backward": 168}
-    for kernel, budget in budgets.items():
+    kernels = ("forward", "backward")
+    for kernel in kernels:
         report = re.search(rf"Compiling entry function '\w*scan_{kernel}_kernel.*?Used (\d+) registers", log, re.DOTALL)
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report.group(0)
-        assert int(report.group(1)) <= budget
-    assert len(re.findall("Compiling entry function", log)) == len(budgets)
+        assert int(report.group(1)) <= 168
+    assert len(re.findall("Compiling entry function", log)) == len(kernels)
 
 
 @pytest.fixture

@@ -308,9 +308,9 @@ def test_operators_keep_torch_library_rules(forms):
     tensors, options = [inputs[name] for name in names], (0.5, True, True, "poly")
     forward, backward = torch.ops.mamba_ssm.selective_scan_fwd, torch.ops.mamba_ssm.selective_scan_bwd
     leaves = [t.detach().requires_grad_() for t in tensors]
-    torch.library.opcheck(forward, (*leaves, None, inputs["initial_state"], None, *options, False, True))
-    out, last, checkpoints = forward(*tensors, None, inputs["initial_state"], None, *options, False, True)
-    arguments = (torch.randn_like(out), torch.randn_like(last), *tensors, None, None, checkpoints, *options, True)
+    torch.library.opcheck(forward, (*leaves, None, inputs["initial_state"], None, *options, False, 16))
+    out, last, checkpoints = forward(*tensors, None, inputs["initial_state"], None, *options, False, 16)
+    arguments = (torch.randn_like(out), torch.randn_like(last), *tensors, None, None, checkpoints, *options, True, 16)
     torch.library.opcheck(backward, arguments)
 
 

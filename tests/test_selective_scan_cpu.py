@@ -163,7 +163,8 @@ def test_lengths(length, dtype):
 @pytest.mark.parametrize("method", ["zoh", "bilinear", "poly"])
 @pytest.mark.parametrize("states", [1, 8, 16, 17, 64, 256])
 def test_numbers_of_states(states, method):
-    interval = selective_scan._checkpoint_interval(states, "cpu")
+    A = torch.zeros(1, states, requires_grad=True)
+    interval = selective_scan.checkpoint_steps((A,), A)
     length = 2 * interval + 3 if method == "zoh" else 20  # several checkpoints
     compare(make_inputs(channels=18, length=length, states=states), method, reverse=states == 17)
 
@@ -452,14 +453,14 @@ def test_operators_keep_torch_library_rules(layout, forms, absent):
     options = 0.5, True, True, "poly"
 
     leaves = [t if t is None else t.detach().requires_grad_() for t in (*tensors, None, initial_state)]
-    torch.library.opcheck(forward, (*leaves, None, *options, False, True))
-    torch.library.opcheck(forward, (*tensors, None, initial_state, addend, *options, False, False))
-    torch.library.opcheck(forward, (*projected, initial_state, addend, *options, True, True))
+    torch.library.opcheck(forward, (*leaves, None, *options, False, 32))
+    torch.library.opcheck(forward, (*tensors, None, initial_state, addend, *options, False, 0))
+    torch.library.opcheck(forward, (*projected, initial_state, addend, *options, True, 64))
     for given in ([*tensors, None], projected):
-        out, last, checkpoints = forward(*given, initial_state, None, *options, False, True)
+        out, last, checkpoints = forward(*given, initial_state, None, *options, False, 32)
         dz_addend = None if given[6] is None else torch.randn_like(out)
         for dlast, dz_float in ((None, True), (torch.randn_like(last), False)):
-            arguments = (torch.randn_like(out), dlast, *given, dz_addend, checkpoints, *options, dz_float)
+            arguments = (torch.randn_like(out), dlast, *given, dz_addend, checkpoints, *options, dz_float, 32)
             torch.library.opcheck(backward, arguments)
 
 
@@ -634,9 +635,9 @@ def test_operators_refuse_what_would_read_out_of_bounds():
     }.items():
         given = [bad if n == name else inputs[n] for n in names]
         with pytest.raises(RuntimeError, match=name):
-            torch.ops.mamba_ssm.selective_scan_fwd(*given, 1.0, True, False, "zoh", False, False)
+            torch.ops.mamba_ssm.selective_scan_fwd(*given, 1.0, True, False, "zoh", False, 0)
     with pytest.raises(RuntimeError, match=r"'euler'; expected one of zoh, foh"):
-        torch.ops.mamba_ssm.selective_scan_fwd(*(inputs[n] for n in names), 1.0, True, False, "euler", False, False)
+        torch.ops.mamba_ssm.selective_scan_fwd(*(inputs[n] for n in names), 1.0, True, False, "euler", False, 0)
 
 
 @needs_kernel

@@ -522,7 +522,7 @@ class VisionMamba(nn.Module):
 
     def _pool(self, x: Tensor, cls: tuple[int, ...]) -> Tensor:
         if cls:
-            return x[:, list(cls)].mean(dim=1)
+            return sum(x[:, place] for place in cls) / len(cls)  # no index tensor: CUDA graphs cannot take one along
         match self.final_pool_type:
             case "none":
                 return x[:, -1]

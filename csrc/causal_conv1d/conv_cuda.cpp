@@ -51,7 +51,7 @@ ConvParameter parameter(const OptionalTensor& tensor, i64 dim, const char* name)
 }
 
 GpuConv conv_of(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
-                const OptionalTensor& initial_states, bool silu, bool reverse, i64 chunk) {
+                const OptionalTensor& initial_states, bool silu, bool reverse) {
   STD_TORCH_CHECK(x.dim() == 3, "x must be (batch, dim, seqlen)");
   GpuConv conv{};
   ConvProblem& p = conv.p;
@@ -81,29 +81,49 @@ GpuConv conv_of(const Tensor& x, const Tensor& weight, const OptionalTensor& bia
     p.seq_time = reverse ? -seq_idx->stride(1) : seq_idx->stride(1);
     p.seq_idx = seq_idx->const_data_ptr<std::int32_t>() + (reverse ? (p.seqlen - 1) * seq_idx->stride(1) : 0);
   }
-  conv.chunk = chunk;
-  conv.chunks = (p.seqlen + chunk - 1) / chunk;
   conv.time_fastest = p.dim > 1 && x.stride(1) != 1;
   return conv;
 }
 
-bool has_pairs(const ConvArray& a, const ConvProblem& p) {
-  return a.data == nullptr || (a.dim == 1 && a.batch % 2 == 0 && a.time % 2 == 0 &&
-                               reinterpret_cast<std::uintptr_t>(a.data) % (2 * element_size(p.dtype)) == 0);
+// Whether every four neighbouring channels of an array lie side by side, aligned to them all.
+bool has_rows(const ConvArray& a, const ConvProblem& p) {
+  const i64 size = element_size(p.dtype);
+  return a.data == nullptr ||
+         (a.dim == 1 && a.batch % 4 == 0 && a.time % 4 == 0 && std::abs(a.time) * size < (1ll << 31) &&
+          reinterpret_cast<std::uintptr_t>(a.data) % (4 * size) == 0);
 }
-template <class... Arrays>
-bool all_pairs(const ConvProblem& p, const Arrays&... arrays) {
-  return p.dim % 2 == 0 && (has_pairs(arrays, p) && ...);
+
+// Chooses the kernel and how it divides time; p's arrays are known.
+bool divide(GpuConv& conv, bool backward) {
+  const ConvProblem& p = conv.p;
+  bool by_rows = p.dim % 4 == 0 && p.seq_idx == nullptr && p.seqlen < (1ll << 31) - 64;
+  for (const ConvArray* a : {&p.x, &p.out, &p.dout, &p.dx, &p.dx_addend}) by_rows &= has_rows(*a, p);
+  if (!by_rows) {
+    conv.chunk = backward ? kBackwardConvChunk : kForwardConvChunk;
+    conv.chunks = (p.seqlen + conv.chunk - 1) / conv.chunk;
+    return false;
+  }
+  // No more blocks than the device holds at one time, of walks that are neither short, beside what they look back, nor
+  // long.
+  constexpr i64 kShortest = 8 * kRowConvWarps, kLongest = 64 * kRowConvWarps;  // steps of a block
+  const i64 columns = (p.dim + kRowConvChannels - 1) / kRowConvChannels, rows = std::max<i64>(p.batch * columns, 1);
+  const i64 most = (p.seqlen + kShortest - 1) / kShortest, least = (p.seqlen + kLongest - 1) / kLongest;
+  conv.chunks = std::clamp(conv_rows_resident_blocks(backward) / rows, least, std::max(most, least));
+  conv.chunk = (p.seqlen + conv.chunks * kRowConvWarps - 1) / std::max<i64>(conv.chunks * kRowConvWarps, 1);
+  return true;
+}
+const char* launch(const GpuConv& conv, bool rows, bool backward, void* stream) {
+  return rows ? launch_conv_rows(conv, backward, stream) : launch_conv(conv, backward, stream);
 }
 
 Tensor conv_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
                 const OptionalTensor& initial_states, bool silu, bool reverse) {
   const DeviceOf device(x);
-  GpuConv conv = conv_of(x, weight, bias, seq_idx, initial_states, silu, reverse, kForwardConvChunk);
+  GpuConv conv = conv_of(x, weight, bias, seq_idx, initial_states, silu, reverse);
   Tensor out = empty_in_layout_of(x);
   conv.p.out = in_scan_order(out, x, reverse, "out");
-  conv.pairs = all_pairs(conv.p, conv.p.x, conv.p.out);
-  if (x.numel() > 0) check_launch(launch_conv_forward(conv, device.stream()));
+  const bool rows = divide(conv, false);
+  if (x.numel() > 0) check_launch(launch(conv, rows, false, device.stream()));
   return out;
 }
 
@@ -113,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout, const Te
                                                     const OptionalTensor& initial_states, bool silu, bool reverse,
                                                     const OptionalTensor& dx_addend) {
   const DeviceOf device(x);
-  GpuConv conv = conv_of(x, weight, bias, seq_idx, initial_states, silu, reverse, kBackwardConvChunk);
+  GpuConv conv = conv_of(x, weight, bias, seq_idx, initial_states, silu, reverse);
   ConvProblem& p = conv.p;
   Tensor dx = empty_in_layout_of(x);
   Tensor dinitial = torch::stable::new_empty(x, {0});
@@ -124,18 +144,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout, const Te
     dinitial = torch::stable::new_empty(x, {p.batch, p.dim, p.width - 1});
     p.dinitial = array_of(dinitial);
   }
-  conv.pairs = all_pairs(p, p.x, p.dout, p.dx, p.dx_addend);
-  const i64 rows = p.batch * conv.chunks, weights = p.dim * p.width, size = weights + p.dim;
-  Tensor partial = torch::stable::new_empty(x, {rows, size}, ScalarType::Float);
+  const bool rows = divide(conv, true);
+  const i64 walks = p.batch * conv.chunks, weights = p.dim * p.width, size = weights + p.dim;
+  Tensor partial = torch::stable::new_empty(x, {walks, size}, ScalarType::Float);
   p.partial = partial.mutable_data_ptr<float>();
   Tensor dweight = torch::stable::new_empty(weight, {p.dim, p.width}, ScalarType::Float);
   Tensor dbias = torch::stable::new_empty(weight, {p.dim}, ScalarType::Float);
-  if (x.numel() > 0) check_launch(launch_conv_backward(conv, device.stream()));
-  if (p.dim > 0) {
-    check_launch(launch_sum_rows(p.partial, rows, size, weights, dweight.mutable_data_ptr<float>(), device.stream()));
-    check_launch(
-        launch_sum_rows(p.partial + weights, rows, size, p.dim, dbias.mutable_data_ptr<float>(), device.stream()));
-  }
+  if (x.numel() > 0) check_launch(launch(conv, rows, true, device.stream()));
+  const RowSums sums[] = {{p.partial, walks, size, weights, dweight.mutable_data_ptr<float>()},
+                          {p.partial + weights, walks, size, p.dim, dbias.mutable_data_ptr<float>()}};
+  if (p.dim > 0) check_launch(launch_sum_rows(sums, 2, device.stream()));
   return {dx, dweight, dbias, dinitial};
 }
 

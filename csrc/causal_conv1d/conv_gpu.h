@@ -12,17 +12,18 @@ struct ConvParameter {
   std::int64_t row = 0, column = 0;
 };
 
-// As ConvProblem, whose `weight` and `bias` are not read. A thread walks through a chunk of time of one channel, or of
-// a pair of neighbouring ones.
+// As ConvProblem, whose `weight` and `bias` are not read.
 struct GpuConv {
   ConvProblem p;
   ConvParameter weight;  // (dim, width)
   ConvParameter bias;    // (dim, 1), or no data
+  // The kernels for rows: a warp walks through `chunk` steps of a row, and `chunks` blocks of kRowConvWarps warps
+  // through all. Else: a thread walks through `chunk` steps of a channel, and `chunks` threads through all.
   std::int64_t chunk, chunks;
-  bool pairs;         // channels lie in pairs, each aligned to its size, in every array that has data
-  bool time_fastest;  // neighbouring threads take neighbouring chunks of time, not of channels
+  bool time_fastest;  // not for rows: neighbouring threads take neighbouring chunks of time, not of channels
 };
 constexpr std::int64_t kForwardConvChunk = 16, kBackwardConvChunk = 64;
+constexpr int kRowConvWarps = 4, kRowConvChannels = 128;
 
 struct GpuConvUpdate {
   ConvUpdate p;  // but for weight and bias
@@ -32,8 +33,13 @@ struct GpuConvUpdate {
 
 // Each starts on the given stream and returns null, or what went wrong. The backward pass leaves its sums in
 // p.partial (batch * chunks, dim * width + dim): dweight, then dbias.
-const char* launch_conv_forward(const GpuConv& conv, void* stream);
-const char* launch_conv_backward(const GpuConv& conv, void* stream);
+//
+// The kernels for rows are for channel-last arrays with four neighbouring channels aligned to them all, without
+// seq_idx.
+const char* launch_conv(const GpuConv& conv, bool backward, void* stream);
+const char* launch_conv_rows(const GpuConv& conv, bool backward, void* stream);
+// How many blocks of those kernels the current device holds at one time.
+std::int64_t conv_rows_resident_blocks(bool backward);
 const char* launch_conv_update(const GpuConvUpdate& update, void* stream);
 
 }  // namespace mamba_ssm

@@ -1,4 +1,4 @@
-// The CUDA kernels of the causal convolution.
+// The CUDA kernels of the causal convolution for any memory, sequences included, and of its update.
 #include "conv_gpu.h"
 #include "cuda_device.h"
 
@@ -10,62 +10,41 @@ using i64 = std::int64_t;
 constexpr int kThreads = 128;
 constexpr int kMaxWidth = 4;
 
-// One channel, or two neighbours.
-template <int V>
-struct Lanes {
-  float value[V];
-};
-
 MAMBA_SSM_DEVICE i64 at(const ConvArray& a, i64 b, i64 d, i64 t) { return b * a.batch + d * a.dim + t * a.time; }
 
-template <Dtype T, int V>
-MAMBA_SSM_DEVICE Lanes<V> load(const ConvArray& a, i64 b, i64 d, i64 t) {
-  if constexpr (V == 2) {
-    const float2 pair = load_pair<T>(a.data, at(a, b, d, t));
-    return {{pair.x, pair.y}};
-  } else {
-    return {{load_element(a.data, at(a, b, d, t), T)}};
-  }
+template <Dtype T>
+MAMBA_SSM_DEVICE float load(const ConvArray& a, i64 b, i64 d, i64 t) {
+  return load_element(a.data, at(a, b, d, t), T);
 }
-template <Dtype T, int V>
-MAMBA_SSM_DEVICE void store(const ConvArray& a, i64 b, i64 d, i64 t, const Lanes<V>& v) {
-  if constexpr (V == 2) {
-    store_pair<T>(a.data, at(a, b, d, t), {v.value[0], v.value[1]});
-  } else {
-    store_element(a.data, at(a, b, d, t), T, v.value[0]);
-  }
+template <Dtype T>
+MAMBA_SSM_DEVICE void store(const ConvArray& a, i64 b, i64 d, i64 t, float value) {
+  store_element(a.data, at(a, b, d, t), T, value);
 }
 
-// What a thread walks through: steps [first, end) of V channels.
+// What a thread walks through: steps [first, end) of a channel.
 struct Walk {
   i64 batch, channel, chunk, first, end;
 };
-template <int V>
 MAMBA_SSM_DEVICE bool this_walk(const GpuConv& conv, Walk& walk) {
   const ConvProblem& p = conv.p;
-  const i64 columns = p.dim / V, index = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x;
-  const i64 column = conv.time_fastest ? index / conv.chunks % columns : index % columns;
-  const i64 chunk = conv.time_fastest ? index % conv.chunks : index / columns % conv.chunks;
+  const i64 index = static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x;
+  const i64 channel = conv.time_fastest ? index / conv.chunks % p.dim : index % p.dim;
+  const i64 chunk = conv.time_fastest ? index % conv.chunks : index / p.dim % conv.chunks;
   const i64 first = chunk * conv.chunk, rest = p.seqlen - first;
-  walk = {index / columns / conv.chunks, column * V, chunk, first, first + (rest < conv.chunk ? rest : conv.chunk)};
+  walk = {index / p.dim / conv.chunks, channel, chunk, first, first + (rest < conv.chunk ? rest : conv.chunk)};
   return walk.batch < p.batch;
 }
 
-// The parameters of the thread's channels, and the last W inputs it has seen with their sequences.
-template <int W, Dtype T, int V>
+// The parameters of the thread's channel, and the last W inputs it has seen with their sequences.
+template <int W, Dtype T>
 class Window {
  public:
   MAMBA_SSM_DEVICE Window(const GpuConv& conv, const Walk& walk) : p_(conv.p), walk_(walk) {
+    const i64 d = walk.channel;
+    bias_ = conv.bias.data == nullptr ? 0.0f : load_element(conv.bias.data, d * conv.bias.row, conv.bias.dtype);
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const i64 d = walk.channel + v;
-      bias_.value[v] =
-          conv.bias.data == nullptr ? 0.0f : load_element(conv.bias.data, d * conv.bias.row, conv.bias.dtype);
-#pragma unroll
-      for (int k = 0; k < W; ++k) {
-        weight[k].value[v] =
-            load_element(conv.weight.data, d * conv.weight.row + k * conv.weight.column, conv.weight.dtype);
-      }
+    for (int k = 0; k < W; ++k) {
+      weight[k] = load_element(conv.weight.data, d * conv.weight.row + k * conv.weight.column, conv.weight.dtype);
     }
 #pragma unroll
     for (int k = 0; k < W - 1; ++k) {
@@ -76,7 +55,7 @@ class Window {
   }
 
   // Moves on to the input of time t.
-  MAMBA_SSM_DEVICE void push(i64 t, const Lanes<V>& input) {
+  MAMBA_SSM_DEVICE void push(i64 t, float input) {
 #pragma unroll
     for (int k = 0; k < W - 1; ++k) {
       x[k] = x[k + 1];
@@ -89,31 +68,23 @@ class Window {
   MAMBA_SSM_DEVICE bool sees(int k) const { return p_.seq_idx == nullptr || sequence[k] == sequence[W - 1]; }
   MAMBA_SSM_DEVICE bool padding() const { return p_.seq_idx != nullptr && sequence[W - 1] < 0; }
 
-  MAMBA_SSM_DEVICE Lanes<V> convolve() const {
-    Lanes<V> y = bias_;
+  MAMBA_SSM_DEVICE float convolve() const {
+    float y = bias_;
 #pragma unroll
     for (int k = 0; k < W; ++k) {
-      if (!sees(k)) continue;
-#pragma unroll
-      for (int v = 0; v < V; ++v) y.value[v] += weight[k].value[v] * x[k].value[v];
+      if (sees(k)) y += weight[k] * x[k];
     }
     return y;
   }
 
-  Lanes<V> weight[W], x[W];
+  float weight[W], x[W];
   int sequence[W];
 
  private:
   // x[t]; for t < 0 an initial state.
-  MAMBA_SSM_DEVICE Lanes<V> input_before(i64 t) const {
-    Lanes<V> input{};
-    if (t >= 0) return load<T, V>(p_.x, walk_.batch, walk_.channel, t);
-    if (p_.initial.data == nullptr) return input;
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      input.value[v] = load_element(p_.initial.data, at(p_.initial, walk_.batch, walk_.channel + v, t + W - 1), T);
-    }
-    return input;
+  MAMBA_SSM_DEVICE float input_before(i64 t) const {
+    if (t >= 0) return load<T>(p_.x, walk_.batch, walk_.channel, t);
+    return p_.initial.data == nullptr ? 0.0f : load<T>(p_.initial, walk_.batch, walk_.channel, t + W - 1);
   }
   // Before the first position there is none.
   MAMBA_SSM_DEVICE int sequence_of(i64 t) const {
@@ -123,36 +94,33 @@ class Window {
 
   const ConvProblem& p_;
   const Walk& walk_;
-  Lanes<V> bias_;
+  float bias_;
 };
 
 // Loads that are under way at one time.
 constexpr int kAhead = 8;
 
-template <int W, Dtype T, int V>
+template <int W, Dtype T>
 __global__ void __launch_bounds__(kThreads) conv_forward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuConv conv) {
   const ConvProblem& p = conv.p;
   Walk walk;
-  if (!this_walk<V>(conv, walk)) return;
-  Window<W, T, V> window(conv, walk);
+  if (!this_walk(conv, walk)) return;
+  Window<W, T> window(conv, walk);
   for (i64 first = walk.first; first < walk.end; first += kAhead) {
-    Lanes<V> inputs[kAhead];
+    float inputs[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (first + i < walk.end) inputs[i] = load<T, V>(p.x, walk.batch, walk.channel, first + i);
+      if (first + i < walk.end) inputs[i] = load<T>(p.x, walk.batch, walk.channel, first + i);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const i64 t = first + i;
       if (t >= walk.end) break;
       window.push(t, inputs[i]);
-      Lanes<V> y = window.convolve();
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        if (p.silu) y.value[v] *= sigmoid(y.value[v]);
-        if (window.padding()) y.value[v] = 0.0f;
-      }
-      store<T, V>(p.out, walk.batch, walk.channel, t, y);
+      float y = window.convolve();
+      if (p.silu) y *= sigmoid(y);
+      if (window.padding()) y = 0.0f;
+      store<T>(p.out, walk.batch, walk.channel, t, y);
     }
   }
 }
@@ -162,26 +130,26 @@ __global__ void __launch_bounds__(kThreads) conv_forward_kernel(MAMBA_SSM_CONSTA
 //     dx[s] = sum_k weight[k] g[s + W - 1 - k]      dweight[k] = sum_t g[t] x[t - W + 1 + k]
 //
 // At time t, g[t] is computed from the window and dx[t - W + 1] becomes complete. A chunk looks W - 1 steps ahead.
-template <int W, Dtype T, int V>
+template <int W, Dtype T>
 __global__ void __launch_bounds__(kThreads) conv_backward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuConv conv) {
   const ConvProblem& p = conv.p;
   Walk walk;
-  if (!this_walk<V>(conv, walk)) return;
-  Window<W, T, V> window(conv, walk);
-  Lanes<V> g[W] = {}, dweight[W] = {}, dbias{};
+  if (!this_walk(conv, walk)) return;
+  Window<W, T> window(conv, walk);
+  float g[W] = {}, dweight[W] = {}, dbias = 0.0f;
   constexpr int kLoads = kAhead / 2;
   const i64 end = walk.end + W - 1;
   for (i64 first = walk.first; first < end; first += kLoads) {
-    Lanes<V> inputs[kLoads] = {}, gradients[kLoads] = {}, addends[kLoads] = {};
+    float inputs[kLoads] = {}, gradients[kLoads] = {}, addends[kLoads] = {};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const i64 t = first + i, s = t - (W - 1);
       if (t < p.seqlen && t < end) {
-        inputs[i] = load<T, V>(p.x, walk.batch, walk.channel, t);
-        gradients[i] = load<T, V>(p.dout, walk.batch, walk.channel, t);
+        inputs[i] = load<T>(p.x, walk.batch, walk.channel, t);
+        gradients[i] = load<T>(p.dout, walk.batch, walk.channel, t);
       }
       if (p.dx_addend.data != nullptr && s >= walk.first && s < walk.end) {
-        addends[i] = load<T, V>(p.dx_addend, walk.batch, walk.channel, s);
+        addends[i] = load<T>(p.dx_addend, walk.batch, walk.channel, s);
       }
     }
 #pragma unroll
@@ -191,48 +159,34 @@ __global__ void __launch_bounds__(kThreads) conv_backward_kernel(MAMBA_SSM_CONST
       window.push(t, inputs[i]);
 #pragma unroll
       for (int k = 0; k < W - 1; ++k) g[k] = g[k + 1];
-      const Lanes<V> y = window.convolve();
+      const float y = window.convolve();
       const bool counts = t < p.seqlen && !window.padding();
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const float slope = p.silu ? silu_slope(y.value[v], sigmoid(y.value[v])) : 1.0f;
-        g[W - 1].value[v] = counts ? gradients[i].value[v] * slope : 0.0f;
-      }
+      const float slope = p.silu ? silu_slope(y, sigmoid(y)) : 1.0f;
+      g[W - 1] = counts ? gradients[i] * slope : 0.0f;
       if (counts && t < walk.end) {
+        dbias += g[W - 1];
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          dbias.value[v] += g[W - 1].value[v];
-#pragma unroll
-          for (int k = 0; k < W; ++k) {
-            if (window.sees(k)) dweight[k].value[v] += g[W - 1].value[v] * window.x[k].value[v];
-          }
+        for (int k = 0; k < W; ++k) {
+          if (window.sees(k)) dweight[k] += g[W - 1] * window.x[k];
         }
       }
-      Lanes<V> dx = addends[i];
+      float dx = addends[i];
 #pragma unroll
       for (int k = 0; k < W; ++k) {  // y[t - k] saw x[s] through weight[k]; past the end, g is 0
         if (p.seq_idx != nullptr && window.sequence[0] != window.sequence[W - 1 - k]) continue;
-#pragma unroll
-        for (int v = 0; v < V; ++v) dx.value[v] += window.weight[k].value[v] * g[W - 1 - k].value[v];
+        dx += window.weight[k] * g[W - 1 - k];
       }
       if (s >= walk.first) {
-        store<T, V>(p.dx, walk.batch, walk.channel, s, dx);
+        store<T>(p.dx, walk.batch, walk.channel, s, dx);
       } else if (s < 0 && p.dinitial.data != nullptr) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          store_element(p.dinitial.data, at(p.dinitial, walk.batch, walk.channel + v, s + W - 1), T, dx.value[v]);
-        }
+        store<T>(p.dinitial, walk.batch, walk.channel, s + W - 1, dx);
       }
     }
   }
   float* partial = p.partial + (walk.batch * conv.chunks + walk.chunk) * p.dim * (W + 1);
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const i64 d = walk.channel + v;
-#pragma unroll
-    for (int k = 0; k < W; ++k) partial[d * W + k] = dweight[k].value[v];
-    partial[p.dim * W + d] = dbias.value[v];
-  }
+  for (int k = 0; k < W; ++k) partial[walk.channel * W + k] = dweight[k];
+  partial[p.dim * W + walk.channel] = dbias;
 }
 
 // One thread for each channel of each batch entry. Token t, counted from the first new one, lives in slot
@@ -285,36 +239,24 @@ __global__ void __launch_bounds__(kThreads) conv_update_kernel(MAMBA_SSM_CONSTAN
 }
 
 using Kernel = void (*)(GpuConv);
-template <int W, int V>
-Kernel choose_by_dtype(Dtype dtype, bool backward) {
-  switch (dtype) {
-    case Dtype::f16:
-      return backward ? conv_backward_kernel<W, Dtype::f16, V> : conv_forward_kernel<W, Dtype::f16, V>;
-    case Dtype::bf16:
-      return backward ? conv_backward_kernel<W, Dtype::bf16, V> : conv_forward_kernel<W, Dtype::bf16, V>;
-    default:
-      return backward ? conv_backward_kernel<W, Dtype::f32, V> : conv_forward_kernel<W, Dtype::f32, V>;
-  }
-}
 template <int W>
-Kernel choose(const GpuConv& conv, bool backward) {
-  return conv.pairs ? choose_by_dtype<W, 2>(conv.p.dtype, backward) : choose_by_dtype<W, 1>(conv.p.dtype, backward);
-}
-
-const char* launch_conv(const GpuConv& conv, bool backward, void* stream) {
-  const ConvProblem& p = conv.p;
-  const Kernel kernel = p.width == 2   ? choose<2>(conv, backward)
-                        : p.width == 3 ? choose<3>(conv, backward)
-                                       : choose<4>(conv, backward);
-  const i64 threads = p.batch * conv.chunks * p.dim / (conv.pairs ? 2 : 1);
-  return launch<GpuConv>(kernel, static_cast<unsigned>((threads + kThreads - 1) / kThreads), 1, kThreads, 0, stream,
-                         conv);
+Kernel choose(Dtype dtype, bool backward) {
+  return with_static_dtype(dtype, [&](auto dtype) -> Kernel {
+    return backward ? conv_backward_kernel<W, dtype.value> : conv_forward_kernel<W, dtype.value>;
+  });
 }
 
 }  // namespace
 
-const char* launch_conv_forward(const GpuConv& conv, void* stream) { return launch_conv(conv, false, stream); }
-const char* launch_conv_backward(const GpuConv& conv, void* stream) { return launch_conv(conv, true, stream); }
+const char* launch_conv(const GpuConv& conv, bool backward, void* stream) {
+  const ConvProblem& p = conv.p;
+  const Kernel kernel = p.width == 2   ? choose<2>(p.dtype, backward)
+                        : p.width == 3 ? choose<3>(p.dtype, backward)
+                                       : choose<4>(p.dtype, backward);
+  const i64 threads = p.batch * conv.chunks * p.dim;
+  return launch<GpuConv>(kernel, static_cast<unsigned>((threads + kThreads - 1) / kThreads), 1, kThreads, 0, stream,
+                         conv);
+}
 const char* launch_conv_update(const GpuConvUpdate& update, void* stream) {
   const i64 threads = update.p.batch * update.p.dim;
   return launch<GpuConvUpdate>(conv_update_kernel, static_cast<unsigned>((threads + kThreads - 1) / kThreads), 1,

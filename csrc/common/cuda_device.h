@@ -66,12 +66,24 @@ MAMBA_SSM_DEVICE T& shared_memory() {
 #endif
 }
 
-// Starts a copy of Bytes (4 or 16) from global to shared memory, or zeros there if not `valid`.
+// base + count · bytes, in global memory, by one instruction.
+MAMBA_SSM_DEVICE char* advance(char* base, int count, int bytes) {
+#if defined(__CUDACC__)
+  long long result;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(result) : "r"(count), "r"(bytes), "l"(base));
+  return static_cast<char*>(__cvta_global_to_generic(result));
+#else
+  return base + static_cast<std::int64_t>(count) * bytes;
+#endif
+}
+
+// Starts a copy of Bytes (4, 8 or 16) from global to shared memory, or zeros there if not `valid`.
 template <int Bytes>
 MAMBA_SSM_DEVICE void copy_async(void* shared, const void* global, bool valid) {
 #if defined(__CUDACC__)
   const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   const int size = valid ? Bytes : 0;
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
   if constexpr (Bytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(size) : "memory");
   } else {
@@ -157,6 +169,24 @@ MAMBA_SSM_DEVICE float2 load_pair(const void* data, std::int64_t index) {
     return {from_bfloat16(bits), second};
   }
 }
+// Eight neighbours, aligned to 16 bytes.
+template <Dtype T>
+MAMBA_SSM_DEVICE void load_eight(const void* data, float (&values)[8]) {
+  if constexpr (T == Dtype::f32) {
+    for (int i = 0; i < 2; ++i) {
+      const float4 v = static_cast<const float4*>(data)[i];
+      values[4 * i] = v.x, values[4 * i + 1] = v.y, values[4 * i + 2] = v.z, values[4 * i + 3] = v.w;
+    }
+  } else {
+    const uint4 words = *static_cast<const uint4*>(data);
+    const std::uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 v = load_pair<T>(&pairs[i], 0);
+      values[2 * i] = v.x, values[2 * i + 1] = v.y;
+    }
+  }
+}
 template <Dtype T>
 MAMBA_SSM_DEVICE void store_pair(void* data, std::int64_t index, float2 value) {
   if constexpr (T == Dtype::f32) {
@@ -166,6 +196,81 @@ MAMBA_SSM_DEVICE void store_pair(void* data, std::int64_t index, float2 value) {
     const std::uint32_t high = T == Dtype::f16 ? to_float16(value.y) : to_bfloat16(value.y);
     static_cast<std::uint32_t*>(data)[index / 2] = low | (high << 16);
   }
+}
+
+// The same for stores.
+template <Dtype T>
+MAMBA_SSM_DEVICE void store_eight(void* data, const float (&values)[8]) {
+  if constexpr (T == Dtype::f32) {
+    static_cast<float4*>(data)[0] = {values[0], values[1], values[2], values[3]};
+    static_cast<float4*>(data)[1] = {values[4], values[5], values[6], values[7]};
+  } else {
+    std::uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_pair<T>(&words[i], 0, {values[2 * i], values[2 * i + 1]});
+    *static_cast<uint4*>(data) = {words[0], words[1], words[2], words[3]};
+  }
+}
+
+// Four neighbours as they are in memory, aligned to them all.
+template <Dtype T>
+using RawFour = std::conditional_t<T == Dtype::f32, float4, uint2>;
+template <Dtype T>
+MAMBA_SSM_DEVICE void to_floats(const RawFour<T>& raw, float (&values)[4]) {
+  if constexpr (T == Dtype::f32) {
+    values[0] = raw.x, values[1] = raw.y, values[2] = raw.z, values[3] = raw.w;
+  } else {
+    const std::uint32_t words[2] = {raw.x, raw.y};
+    const float2 low = load_pair<T>(&words[0], 0), high = load_pair<T>(&words[1], 0);
+    values[0] = low.x, values[1] = low.y, values[2] = high.x, values[3] = high.y;
+  }
+}
+template <Dtype T>
+MAMBA_SSM_DEVICE RawFour<T> from_floats(const float (&values)[4]) {
+  if constexpr (T == Dtype::f32) {
+    return {values[0], values[1], values[2], values[3]};
+  } else {
+    std::uint32_t words[2];
+    store_pair<T>(&words[0], 0, {values[0], values[1]});
+    store_pair<T>(&words[1], 0, {values[2], values[3]});
+    return {words[0], words[1]};
+  }
+}
+
+// Stores to global memory that this kernel does not read, if index < count: without a branch, which would keep the
+// compiler from mixing the instructions before and behind it.
+template <Dtype T>
+MAMBA_SSM_DEVICE void store_element_below(int index, int count, void* element, float value) {
+#if defined(__CUDACC__)
+  if constexpr (T == Dtype::f32) {
+    asm volatile("{.reg .pred p; setp.lt.s32 p, %0, %1; @p st.global.f32 [%2], %3;}" ::"r"(index), "r"(count),
+                 "l"(element), "f"(value));
+  } else {
+    const std::uint16_t bits = T == Dtype::f16 ? to_float16(value) : to_bfloat16(value);
+    asm volatile("{.reg .pred p; setp.lt.s32 p, %0, %1; @p st.global.u16 [%2], %3;}" ::"r"(index), "r"(count),
+                 "l"(element), "h"(bits));
+  }
+#else
+  if (index < count) store_element(element, 0, T, value);
+#endif
+}
+
+// The same for two neighbours, aligned to both.
+template <Dtype T>
+MAMBA_SSM_DEVICE void store_pair_below(int index, int count, void* elements, float2 values) {
+#if defined(__CUDACC__)
+  if constexpr (T == Dtype::f32) {
+    asm volatile("{.reg .pred p; setp.lt.s32 p, %0, %1; @p st.global.v2.f32 [%2], {%3, %4};}" ::"r"(index), "r"(count),
+                 "l"(elements), "f"(values.x), "f"(values.y));
+  } else {
+    const std::uint32_t low = T == Dtype::f16 ? to_float16(values.x) : to_bfloat16(values.x);
+    const std::uint32_t high = T == Dtype::f16 ? to_float16(values.y) : to_bfloat16(values.y);
+    asm volatile("{.reg .pred p; setp.lt.s32 p, %0, %1; @p st.global.u32 [%2], %3;}" ::"r"(index), "r"(count),
+                 "l"(elements), "r"(low | (high << 16)));
+  }
+#else
+  if (index < count) store_pair<T>(elements, 0, values);
+#endif
 }
 
 // Calls function(std::integral_constant<Dtype, dtype>()): a loop in there knows the dtype.
@@ -207,6 +312,17 @@ MAMBA_SSM_DEVICE float shuffle_xor(float value, int mask) {
 #else
   const auto* lanes = cuda_on_cpu::block.exchange(&value, sizeof(value), "shuffle_xor");
   memcpy(&value, lanes[cuda_on_cpu::block.lane() ^ mask], sizeof(value));
+  return value;
+#endif
+}
+
+// Whether `value` holds in all lanes.
+MAMBA_SSM_DEVICE bool warp_all(bool value) {
+#if defined(__CUDACC__)
+  return __all_sync(0xffffffffu, value);
+#else
+  const auto* lanes = cuda_on_cpu::block.exchange(&value, sizeof(value), "warp_all");
+  for (int i = 0; i < kWarp; ++i) value &= lanes[i][0] != 0;
   return value;
 #endif
 }
@@ -254,7 +370,7 @@ MAMBA_SSM_DEVICE float tile_part(float value) {
 
 // ---- launch ------------------------------------------------------------------------------------------------------
 
-// Of the current device; the emulation is one that is filled soon.
+// Of the current device; the emulation is one that is filled soon, yet not by one block.
 inline int device_multiprocessors() {
 #if defined(__CUDACC__)
   int device = 0, count = 1;
@@ -262,7 +378,7 @@ inline int device_multiprocessors() {
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
 #else
-  return 1;
+  return 2;
 #endif
 }
 

@@ -10,31 +10,38 @@ constexpr int kWarps = 16;
 struct RowSumsMemory {
   float sums[kWarps][kWarp];
 };
+struct RowSumsList {
+  RowSums sums[kMostRowSums];
+};
 
-__global__ void __launch_bounds__(kWarps* kWarp)
-    sum_rows_kernel(const float* rows, std::int64_t count, std::int64_t stride, std::int64_t size, float* out) {
+__global__ void __launch_bounds__(kWarps* kWarp) sum_rows_kernel(MAMBA_SSM_CONSTANT_PARAMETER RowSumsList list) {
   RowSumsMemory& memory = shared_memory<RowSumsMemory>();
+  const RowSums& s = list.sums[blockIdx.y];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kWarp + lane;
   float sum = 0.0f;
-  if (i < size) {
+  if (i < s.size) {
 #pragma unroll 8
-    for (std::int64_t r = warp; r < count; r += kWarps) sum += rows[r * stride + i];
+    for (std::int64_t r = warp; r < s.count; r += kWarps) sum += s.rows[r * s.stride + i];
   }
   memory.sums[warp][lane] = sum;
   __syncthreads();
-  if (warp != 0 || i >= size) return;
+  if (warp != 0 || i >= s.size) return;
   for (int w = 1; w < kWarps; ++w) sum += memory.sums[w][lane];
-  out[i] = sum;
+  s.out[i] = sum;
 }
 
 }  // namespace
 
-const char* launch_sum_rows(const float* rows, std::int64_t count, std::int64_t stride, std::int64_t size, float* out,
-                            void* stream) {
-  return launch<const float*, std::int64_t, std::int64_t, std::int64_t, float*>(
-      sum_rows_kernel, static_cast<unsigned>((size + kWarp - 1) / kWarp), 1, kWarps * kWarp, sizeof(RowSumsMemory),
-      stream, rows, count, stride, size, out);
+const char* launch_sum_rows(const RowSums* list, int sums, void* stream) {
+  RowSumsList copy{};
+  std::int64_t largest = 1;
+  for (int i = 0; i < sums; ++i) {
+    copy.sums[i] = list[i];
+    if (list[i].size > largest) largest = list[i].size;
+  }
+  return launch<RowSumsList>(sum_rows_kernel, static_cast<unsigned>((largest + kWarp - 1) / kWarp),
+                             static_cast<unsigned>(sums), kWarps * kWarp, sizeof(RowSumsMemory), stream, copy);
 }
 
 }  // namespace mamba_ssm

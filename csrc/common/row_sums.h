@@ -5,8 +5,15 @@
 
 namespace mamba_ssm {
 
-// out[i] = the sum over r < count of rows[r * stride + i], for i < size; null, or what went wrong.
-const char* launch_sum_rows(const float* rows, std::int64_t count, std::int64_t stride, std::int64_t size, float* out,
-                            void* stream);
+// out[i] = the sum over r < count of rows[r * stride + i], for i < size.
+struct RowSums {
+  const float* rows;
+  std::int64_t count, stride, size;
+  float* out;
+};
+constexpr int kMostRowSums = 5;
+
+// `sums` of them, at most kMostRowSums, by one launch; null, or what went wrong.
+const char* launch_sum_rows(const RowSums* list, int sums, void* stream);
 
 }  // namespace mamba_ssm

@@ -1,9 +1,12 @@
 // How the CUDA scan divides its work; read by kernels and host alike.
 //
-// A block of threads owns a tile: kChannels neighbouring channels of one batch element (and one group of B and C), and
-// kStates states. It walks through time in chunks of kSteps steps, staged in shared memory. Two threads share a
-// channel, each with kThreadStates states in registers: lanes 0 to 15 of a warp have the first half of the states of
-// 16 channels, lanes 16 to 31 the second. More than kStates states are scanned by one launch per kStates of them.
+// `tile` is the fast way, for channel-last memory. A warp owns kWarpChannels neighbouring channels of one batch element
+// (and one group of B and C) and kStates states, and walks through time in chunks of kSteps steps. The lanes l and
+// l + 16 share two neighbouring channels, slots of the warp: each has one half of the states of both. More than
+// kStates states are scanned by one launch per kStates of them. The warps of a block are neighbours and work on their
+// own, but for the sums of dB and dC over all their channels.
+//
+// `general_tile` is for everything else.
 #pragma once
 
 #include <cstdint>
@@ -11,28 +14,41 @@
 namespace mamba_ssm {
 namespace tile {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kWarps = 4, kThreads = kWarps * 32;
 constexpr int kStates = 16, kThreadStates = 8;
-constexpr int kChannels = kThreads * kThreadStates / kStates;
-constexpr int kWarpChannels = kChannels / kWarps;
-constexpr int kSteps = 16;  // and the distance between the checkpoints of the state
-constexpr int kPart = 4;    // steps that the backward pass keeps in registers at one time
+constexpr int kSlots = 2;  // channels of a thread
+constexpr int kWarpChannels = 32;
+constexpr int kChannels = kWarps * kWarpChannels;
+constexpr int kSteps = 8;
 
 // Blocks that a multiprocessor is to hold at one time; they bound the registers of a thread.
-constexpr int kForwardBlocks = 6, kBackwardBlocks = 3;
+constexpr int kForwardBlocks = 3, kBackwardBlocks = 3;
 
 // Where batch and channels make few blocks, the sequence is split into segments, each a block's: a first launch finds
 // what each segment makes of a state (its decay, and what it adds), a short scan over the segments the states between
 // them, and then all segments run at one time. That does the scan's work nearly twice, so it must be worth it.
-constexpr int kLeastSegments = 3, kLeastSegmentChunks = 4;
+constexpr int kLeastSegments = 4, kLeastSegmentChunks = 4;
 
-// How many segments `chunks` chunks are split into, if an undivided scan has `blocks` blocks and the device room for
-// `slots` of them.
-constexpr int segment_count(std::int64_t blocks, int chunks, std::int64_t slots) {
-  const std::int64_t fitting = slots / blocks, longest = chunks / kLeastSegmentChunks;
-  const std::int64_t segments = fitting < longest ? fitting : longest;
+// How many segments `chunks` chunks are split into, if an undivided scan has `blocks` blocks: so many that two or three
+// blocks for each multiprocessor leave the fewest places empty. Two already keep it as busy as three.
+constexpr int segment_count(std::int64_t blocks, std::int64_t chunks, std::int64_t multiprocessors) {
+  const std::int64_t two = 2 * multiprocessors / blocks, three = 3 * multiprocessors / blocks;
+  const std::int64_t fitting = 3 * two * blocks >= 2 * three * blocks ? two : three;
+  const std::int64_t longest = chunks / kLeastSegmentChunks, segments = fitting < longest ? fitting : longest;
   return segments < kLeastSegments ? 1 : static_cast<int>(segments);
 }
 
 }  // namespace tile
+
+namespace general_tile {
+
+// A block owns kChannels neighbouring channels and kStates states. Two threads share a channel: lanes 0 to 15 of a warp
+// have the first half of the states of 16 channels, lanes 16 to 31 the second.
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kStates = tile::kStates, kThreadStates = 8;
+constexpr int kChannels = kThreads * kThreadStates / kStates;
+constexpr int kWarpChannels = kChannels / kWarps;
+constexpr int kSteps = tile::kSteps;
+
+}  // namespace general_tile
 }  // namespace mamba_ssm

@@ -68,6 +68,10 @@ inline Tensor new_activation(const Tensor& like, ScalarType dtype) {
     return torch::stable::transpose(torch::stable::new_empty(like, {b, l, d}, dtype), 1, 2);
   return torch::stable::new_empty(like, {b, d, l}, dtype);
 }
+// t, whose channels are innermost, as new_activation(like, …) would lie in memory.
+inline Tensor like_memory_of(const Tensor& like, const Tensor& t) {
+  return like.stride(1) == 1 && like.size(1) > 1 ? t : torch::stable::contiguous(t);
+}
 inline Tensor new_floats(const Tensor& like, std::vector<std::int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Float);
 }

@@ -1,10 +1,8 @@
-// The backward kernel of the scan. It walks the chunks from the last to the first; in each a block
+// The backward kernel of the scan. A block walks the chunks from the last to the first; in each a warp
 //
-//     stages    u and Δ, the gradient of the scan's sum (dy), and what turns that sum into dz,
-//     advances  the state from the chunk's checkpoint, keeping it at the start of every part of kPart steps,
-//     and then, part by part from the last to the first:
-//     recomputes the part's states and Ā into registers, and with them dz,
-//     returns   through the part's steps with g_t = C_t dy_t + Ā_{t+1} g_{t+1}, the gradient of h_t.
+//     stages    Δ, u, the gradient dy of the scan's sum, and what turns that sum into dz, in its shared memory,
+//     advances  the state through the chunk: C·h for dz, dC = h dy; the state before every pair of steps is kept,
+//     returns   through the pairs with g_t = C_t dy_t + Ā_{t+1} g_{t+1}, the gradient of h_t.
 //
 // The sums over the states of a channel go to its two threads by a shuffle, those over the channels (dB, dC) to the
 // tensor cores: a product with a matrix of ones and zeros. Nothing is added in an order that could change.
@@ -16,492 +14,712 @@
 
 namespace mamba_ssm {
 
+template <Dtype T>
+struct BackwardWarp {
+  Rows<T> u, delta, z, dout;
+  Rows<Dtype::f32> dz_addend;
+  RawMatrices<T> raw_matrices;
+  alignas(16) float4 step[tile::kSteps][kWarp];  // by slot: Δ, u, dy, dΔ/d(delta); once a step is done, ddelta and du
+  alignas(16) float gate[tile::kSteps][tile::kWarpChannels];  // what C·h + D u is multiplied by for dz; then dz
+  alignas(16) MatrixRows matrices;
+  float4 state[tile::kSteps / 2][tile::kSlots * 2][kWarp];  // before every pair of steps
+  MatrixRows partial;                                       // dB and dC of the warp's channels
+  struct {
+    KeptStream u, delta, z, dout, dz_addend, du, ddelta, dz, partial, B_and_C[2], checkpoints, kept_states;
+  } streams;
+  WarpTile tile;
+};
+template <Dtype T>
 struct BackwardMemory {
-  Tile tile;
-  alignas(16) float2 step[tile::kSteps][tile::kChannels];  // Δ and u; once a step is done, d delta and du
-  float2 gate[tile::kSteps][tile::kChannels];              // a and b of dz = a C·h + b; once a step is done, dz
-  float dy[tile::kSteps][tile::kChannels];
-  float D[tile::kThreads];                                // of each thread's channel
-  float dD[tile::kThreads], ddelta_bias[tile::kThreads];  // of the steps whose sums the thread gets
-  alignas(16) float B[tile::kSteps][tile::kStates];
-  alignas(16) float C[tile::kSteps][tile::kStates];
-  float4 state[tile::kSteps / tile::kPart][tile::kThreadStates / 4][tile::kThreads];  // at the start of each part
-  float partial[2][tile::kWarps][tile::kPart][2 * tile::kStates];  // dB and dC of each warp, for every other part
-  RawRows u, delta, z, dout, dz_addend;
-  RawMatrixRows raw_B, raw_C;
+  BackwardWarp<T> warps[tile::kWarps];
 };
+// A multiprocessor has 228 KiB, of which each block takes 1 KiB more than it asks for.
+static_assert(tile::kBackwardBlocks * (sizeof(BackwardMemory<Dtype::bf16>) + 1024) <= 228 * 1024);
 
-template <bool Packed>
-MAMBA_SSM_DEVICE void start_backward_inputs(const GpuScan& scan, const Activation& dout, const Tile& t, int index,
-                                            int first, DeltaProduct& product, BackwardMemory& memory) {
-  if constexpr (!Packed) return;
-  if (index < first) return;
-  const ScanParams& p = scan.p;
-  const Chunk chunk = chunk_at(p, index);
-  switch (threadIdx.x / kWarp) {
-    case 0:
-      start_copy(p.u, t, chunk, memory.u);
-      if (scan.aligned_B) start_copy(p.B, scan, t, chunk, memory.raw_B);
-      break;
-    case 1:
-      start_copy(p.delta, t, chunk, memory.delta);
-      if (scan.aligned_C) start_copy(p.C, scan, t, chunk, memory.raw_C);
-      break;
-    case 2:
-      start_copy(p.z, t, chunk, memory.z);
-      if (p.delta_weight != nullptr) product.start_rows(scan, t, chunk);
-      break;
-    default:
-      start_copy(dout, t, chunk, memory.dout);
+template <Dtype T>
+MAMBA_SSM_DEVICE void make_streams(const GpuScan& scan, const GpuScanGradients& out, const WarpTile& t,
+                                   const Lane& lane, BackwardWarp<T>& memory) {
+  if (lane.index == 0) {
+    const ScanParams& p = scan.p;
+    const ScanGradients& g = out.g;
+    const std::int64_t group = static_cast<std::int64_t>(t.batch) * p.groups + t.group;
+    const std::int64_t tile_row = (group * scan.tiles + static_cast<int>(blockIdx.x) % scan.tiles) * p.length;
+    constexpr int kRow = 2 * tile::kStates;
+    auto& streams = memory.streams;
+    streams.u = make_stream(p, p.u, t);
+    streams.delta = make_stream(p, p.delta, t);
+    streams.z = make_stream(p, p.z, t);
+    streams.dout = make_stream(p, g.dout, t);
+    streams.dz_addend = make_stream(p, g.dz_addend, t);
+    streams.du = make_stream(p, g.du, t);
+    streams.ddelta = make_stream(p, g.ddelta, t);
+    streams.dz = make_stream(p, g.dz, t);
+    streams.partial = make_stream(p, out.partial, Dtype::f32, tile_row * kRow, kRow);
+    streams.B_and_C[0] = make_stream(scan, p.B, t);
+    streams.B_and_C[1] = make_stream(scan, p.C, t);
+    const int states = static_cast<int>(p.states);
+    const std::int64_t first = (checkpoint_row(scan, t, 0) * p.channels + t.channel) * states + scan.first_state;
+    streams.checkpoints =
+        Stream{reinterpret_cast<char*>(p.checkpoints + first), static_cast<int>(p.channels) * states * 4, 4};
+    const int between = (1 << scan.checkpoint_shift) - 1;  // chunks from one checkpoint to the next, without the first
+    const std::int64_t warp =
+        (static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * tile::kWarps + threadIdx.x / kWarp;
+    constexpr int kStateBytes = sizeof(memory.state[0]);
+    streams.kept_states =
+        Stream{reinterpret_cast<char*>(out.kept_states) + warp * between * kStateBytes, kStateBytes, 4};
+    memory.tile = t;
   }
+  __syncwarp();
 }
 
-// dy, and a and b of dz = a C·h + b, of one element.
-struct OutputGradient {
-  float dy;
-  float2 gate;
-};
-MAMBA_SSM_DEVICE OutputGradient output_gradient(const ScanParams& p, float dout, float z, float u, float D) {
-  const float gradient = dout * p.scale;
-  if (p.z.data == nullptr) return {gradient, {0.0f, 0.0f}};
-  const float s = sigmoid(z), slope = silu_slope(z, s);
-  return {gradient * (z * s), {gradient * slope, gradient * slope * (D * u)}};
-}
+// The thread's states are worked on four of each channel at a time.
+constexpr int kQuad = 4;
+using Quad = float[tile::kSlots][kQuad];
 
-template <bool Packed>
-MAMBA_SSM_DEVICE void stage_backward(const GpuScan& scan, const Activation& dout, const Tile& t, const Chunk& chunk,
-                                     DeltaProduct& product, BackwardMemory& memory) {
-  const ScanParams& p = scan.p;
-  if (p.delta_weight != nullptr) {
-    product.stage_rows<Packed>(scan, t, chunk);
-    __syncthreads();
-  }
-  if constexpr (Packed) {
-    const int channel = threadIdx.x % kWarp * 2;
-    const float bias0 = load_parameter(p.delta_bias, t, channel), bias1 = load_parameter(p.delta_bias, t, channel + 1);
-    const float D0 = load_parameter(p.D, t, channel), D1 = load_parameter(p.D, t, channel + 1);
-    float2 products[tile::kSteps / tile::kWarps] = {};
-    if (p.delta_weight != nullptr) product.of_pairs(products);
-    with_dtype(p.u.dtype, [&](auto dtype) {
-      for_each_pair([&](int step, int c, int i) {
-        const int index = step * tile::kChannels + c;
-        const float2 u = load_pair<dtype.value>(memory.u.bytes, index);
-        const float2 delta =
-            p.delta_weight != nullptr ? products[i] : load_pair<dtype.value>(memory.delta.bytes, index);
-        const float2 z = raw_pair<dtype.value>(p.z, memory.z, step, c);
-        const float2 gradient = raw_pair<dtype.value>(dout, memory.dout, step, c);
-        const bool valid = step < chunk.steps;
-        const float delta0 = valid ? step_size(p, delta.x, bias0) : 0.0f;
-        const float delta1 = valid ? step_size(p, delta.y, bias1) : 0.0f;
-        const OutputGradient first = output_gradient(p, gradient.x, z.x, u.x, D0);
-        const OutputGradient second = output_gradient(p, gradient.y, z.y, u.y, D1);
-        *reinterpret_cast<float4*>(&memory.step[step][c]) = {delta0, u.x, delta1, u.y};
-        *reinterpret_cast<float4*>(&memory.gate[step][c]) = {first.gate.x, first.gate.y, second.gate.x, second.gate.y};
-        *reinterpret_cast<float2*>(&memory.dy[step][c]) = {first.dy, second.dy};
-      });
-    });
-  } else {
-    for_each_element(p.u, [&](int step, int c) {
-      float2 pair = {0.0f, 0.0f};
-      OutputGradient output = {0.0f, {0.0f, 0.0f}};
-      if (step < chunk.steps && c < t.channels) {
-        const std::int64_t time = chunk.time(step);
-        const float u = activation_at(p.u, t, c, time);
-        const float delta =
-            p.delta_weight != nullptr ? product.of_element(step, c) : activation_at(p.delta, t, c, time);
-        pair = {step_size(p, delta, load_parameter(p.delta_bias, t, c)), u};
-        output = output_gradient(p, activation_at(dout, t, c, time), activation_at(p.z, t, c, time), u,
-                                 load_parameter(p.D, t, c));
-      }
-      memory.step[step][c] = pair;
-      memory.gate[step][c] = output.gate;
-      memory.dy[step][c] = output.dy;
-    });
-  }
-  if (!p.B.constant) stage_matrix(p.B, Packed && scan.aligned_B, scan, t, chunk, memory.raw_B, memory.B);
-  if (!p.C.constant) stage_matrix(p.C, Packed && scan.aligned_C, scan, t, chunk, memory.raw_C, memory.C);
-}
-
-template <bool Packed>
-MAMBA_SSM_DEVICE void finish_backward(const GpuScan& scan, const GpuScanGradients& out, const Tile& t,
-                                      const Chunk& chunk, const BackwardMemory& memory) {
-  const ScanGradients& g = out.g;
-  if constexpr (Packed) {
-    with_dtype(scan.p.u.dtype, [&](auto dtype) {
-      for_each_pair([&](int step, int c, int) {
-        if (step >= chunk.steps || c >= t.channels) return;
-        const std::int64_t time = chunk.time(step);
-        const auto set = [&](const Activation& a, const Activation& sum, float2 v) {
-          if (sum.data != nullptr) v = {v.x + activation_at(sum, t, c, time), v.y + activation_at(sum, t, c + 1, time)};
-          set_pair<dtype.value>(a, t, c, time, v);
-        };
-        const float4 v = *reinterpret_cast<const float4*>(&memory.step[step][c]);
-        set(g.ddelta, out.sum_ddelta, {v.x, v.z});
-        set(g.du, out.sum_du, {v.y, v.w});
-        if (g.dz.data != nullptr) {
-          const float4 dz = *reinterpret_cast<const float4*>(&memory.gate[step][c]);
-          const float2 addend = raw_pair<dtype.value>(g.dz_addend, memory.dz_addend, step, c);
-          set_pair<dtype.value>(g.dz, t, c, time, {dz.x + addend.x, dz.z + addend.y});
-        }
-      });
-    });
-  } else {
-    for_each_element(scan.p.u, [&](int step, int c) {
-      if (step >= chunk.steps || c >= t.channels) return;
-      const std::int64_t time = chunk.time(step);
-      const float2 v = memory.step[step][c];
-      const auto set = [&](const Activation& a, const Activation& sum, float value) {
-        if (a.data != nullptr) set_activation(a, t, c, time, value + activation_at(sum, t, c, time));
-      };
-      set(g.ddelta, out.sum_ddelta, v.x);
-      set(g.du, out.sum_du, v.y);
-      set(g.dz, g.dz_addend, memory.gate[step][c].x);
-    });
-  }
-}
-
-// Sums over the 16 channels of a warp, at one step: `finish` gives each lane one of the 16 dB and 16 dC.
+// Sums over the channels of a warp, for two steps: `finish` gives each lane the sum for one state of one step.
 //
-// The thread's terms of two states are a row of the left factor of a product on the tensor cores, see multiply_tiles;
-// the right factor has ones in these states' columns. That sums over groups of four lanes; shuffles do the rest. Exact:
+// A thread's terms of two states are a row of the left factor of a product on the tensor cores, see multiply_tiles; the
+// right factor has ones in these states' columns. That sums over groups of four lanes; shuffles do the rest. Exact:
 // each term is multiplied in two parts, as the products have only tf32's precision.
 template <bool Exact>
 class ChannelSums {
  public:
-  // The place of the lane's sum in a row of 16 dB and 16 dC.
-  static MAMBA_SSM_DEVICE int place() {
-    const int lane = threadIdx.x % kWarp;
-    return (lane & 8) * 2 + lane / 16 * tile::kThreadStates + lane % 4 * 2 + (lane & 4) / 4;
+  static MAMBA_SSM_DEVICE int step(const Lane& lane) { return lane.index / 4 % 2; }
+  static MAMBA_SSM_DEVICE int state(const Lane& lane) {
+    return lane.first_state() + lane.index % 4 * 2 + lane.index / 8 % 2;
   }
 
-  // The terms of states j and j + 1.
-  MAMBA_SSM_DEVICE void add(int j, const float (&dB)[2], const float (&dC)[2]) {
-    const int column = threadIdx.x % kWarp / 4;
-    const float first = column == j ? 1.0f : 0.0f, second = column == j + 1 ? 1.0f : 0.0f;
-    if constexpr (Exact) {
-      const float B0 = tile_part(dB[0]), B1 = tile_part(dB[1]), C0 = tile_part(dC[0]), C1 = tile_part(dC[1]);
-      multiply_tiles(sums_, B0, C0, B1, C1, first, second);
-      multiply_tiles(sums_, dB[0] - B0, dC[0] - C0, dB[1] - B1, dC[1] - C1, first, second);
-    } else {
-      multiply_tiles(sums_, dB[0], dC[0], dB[1], dC[1], first, second);
+  // The terms of states j to j + 3 of the thread, at both steps.
+  MAMBA_SSM_DEVICE void add(const Lane& lane, int j, const float (&first)[kQuad], const float (&second)[kQuad]) {
+#pragma unroll
+    for (int i = 0; i < kQuad; i += 2) {
+      const int column = lane.index / 4;
+      const float b0 = column == j + i ? 1.0f : 0.0f, b1 = column == j + i + 1 ? 1.0f : 0.0f;
+      if constexpr (Exact) {
+        const float f0 = tile_part(first[i]), f1 = tile_part(first[i + 1]);
+        const float s0 = tile_part(second[i]), s1 = tile_part(second[i + 1]);
+        multiply_tiles(sums_, f0, s0, f1, s1, b0, b1);
+        multiply_tiles(sums_, first[i] - f0, second[i] - s0, first[i + 1] - f1, second[i + 1] - s1, b0, b1);
+      } else {
+        multiply_tiles(sums_, first[i], second[i], first[i + 1], second[i + 1], b0, b1);
+      }
     }
   }
 
-  MAMBA_SSM_DEVICE float finish() const {
-    const bool takes_C = threadIdx.x & 8, takes_second = threadIdx.x & 4;
-    const float first = (takes_C ? sums_[2] : sums_[0]) + shuffle_xor(takes_C ? sums_[0] : sums_[2], 8);
-    const float second = (takes_C ? sums_[3] : sums_[1]) + shuffle_xor(takes_C ? sums_[1] : sums_[3], 8);
-    return (takes_second ? second : first) + shuffle_xor(takes_second ? first : second, 4);
+  MAMBA_SSM_DEVICE float finish(const Lane& lane) const {
+    const bool second_step = lane.index & 4, second_state = lane.index & 8;
+    const float a = (second_step ? sums_[2] : sums_[0]) + shuffle_xor(second_step ? sums_[0] : sums_[2], 4);
+    const float b = (second_step ? sums_[3] : sums_[1]) + shuffle_xor(second_step ? sums_[1] : sums_[3], 4);
+    return (second_state ? b : a) + shuffle_xor(second_state ? a : b, 8);
   }
 
  private:
   float sums_[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 };
 
-// What stays in a thread's registers through the walk. A method's coefficients do if there is one for each state, else
-// they are computed where they are used, from A.
+// A place in the walk. From one checkpoint to the next, `last` chunk before it included, the walk first advances the
+// state chunk by chunk, keeping it before each, and then returns through the chunks from the last.
+struct WalkItem {
+  int chunk, last;
+  bool returns;
+};
+MAMBA_SSM_DEVICE WalkItem walk_from_checkpoint(const GpuScan& scan, int last) {
+  const int base = last >> scan.checkpoint_shift << scan.checkpoint_shift;
+  return {base, last, base == last};
+}
+MAMBA_SSM_DEVICE WalkItem next_item(const GpuScan& scan, const WalkItem& item) {
+  if (!item.returns) return {item.chunk + 1, item.last, item.chunk + 1 == item.last};
+  if (is_checkpoint(scan, item.chunk)) return walk_from_checkpoint(scan, item.chunk - 1);
+  return {item.chunk - 1, item.last, true};
+}
+// Whether the state before the chunk comes from memory: from a checkpoint, or from where it was kept; else it is the
+// state after the chunk that came before.
+MAMBA_SSM_DEVICE bool reads_state(const GpuScan& scan, const WalkItem& item) {
+  return is_checkpoint(scan, item.chunk) || (item.returns && item.chunk != item.last);
+}
+
+// Starts the copies of what an item needs; of nothing behind the last one.
+template <Dtype T>
+MAMBA_SSM_DEVICE void start_inputs(const GpuScan& scan, const Lane& lane, const WalkItem& item,
+                                   BackwardWarp<T>& memory) {
+  const auto& streams = memory.streams;
+  const int channels = memory.tile.channels, chunk = item.chunk;
+  const int steps = chunk < memory.tile.first_chunk ? 0 : chunk_steps(scan.p, chunk);
+  const Stream u = streams.u, delta = streams.delta, dout = streams.dout, z = streams.z;
+  const Stream matrix = streams.B_and_C[lane.index / 2 % 2];
+  start_copy(u, channels, lane, chunk, steps, memory.u);
+  start_copy(delta, channels, lane, chunk, steps, memory.delta);
+  start_copy(scan, matrix, lane, chunk, steps, memory.raw_matrices);
+  if (!item.returns) return;
+  start_copy(dout, channels, lane, chunk, steps, memory.dout);
+  start_copy(z, channels, lane, chunk, steps, memory.z);
+}
+
+// A pair of channels at one step: see BackwardWarp::step and ::gate.
+struct GradientPair {
+  float4 first, second;
+  float2 gate;
+};
+template <Dtype T>
+MAMBA_SSM_DEVICE GradientPair stage_gradient_pair(const ScanParams& p, int step, int pair, int steps, float2 bias,
+                                                  const BackwardWarp<T>& memory) {
+  const float2 x = memory.delta.pair(step, pair), u = memory.u.pair(step, pair);
+  const float2 dout = memory.dout.pair(step, pair), z = memory.z.pair(step, pair);
+  const float2 raw = {x.x + bias.x, x.y + bias.y};
+  const Softplus s0 = softplus(raw.x), s1 = softplus(raw.y);
+  float2 delta = {s0.value, s1.value}, slope = {softplus_slope(raw.x, s0), softplus_slope(raw.y, s1)};
+  if (!p.delta_softplus) delta = raw, slope = {1.0f, 1.0f};
+  if (step >= steps) delta = slope = {0.0f, 0.0f};  // Δ = 0 leaves the state and its gradient as they are
+  const float2 s = {sigmoid(z.x), sigmoid(z.y)}, silu = {z.x * s.x, z.y * s.y},
+               gradient = {dout.x * p.scale, dout.y * p.scale};
+  float2 dy = {gradient.x * silu.x, gradient.y * silu.y};
+  if (p.z.data == nullptr) dy = gradient;
+  const float2 gate = {gradient.x * (s.x + silu.x * (1.0f - s.x)), gradient.y * (s.y + silu.y * (1.0f - s.y))};
+  return {{delta.x, u.x, dy.x, slope.x}, {delta.y, u.y, dy.y, slope.y}, gate};
+}
+// What the steps of a chunk need to be advanced through: Δ and u.
+template <Dtype T>
+MAMBA_SSM_DEVICE void stage_quietly(const ScanParams& p, const Lane& lane, int steps, float2 bias,
+                                    BackwardWarp<T>& memory) {
+  float part[8];
+  read_part(lane, memory.raw_matrices, part);
+  float4 staged[tile::kSteps / 2];
+#pragma unroll
+  for (int i = 0; i < tile::kSteps / 2; ++i) {
+    const int step = 2 * i + lane.half;
+    const float2 x = memory.delta.pair(step, lane.pair), u = memory.u.pair(step, lane.pair);
+    const float2 raw = {x.x + bias.x, x.y + bias.y};
+    float2 delta = {softplus(raw.x).value, softplus(raw.y).value};
+    if (!p.delta_softplus) delta = raw;
+    if (step >= steps) delta = {0.0f, 0.0f};
+    staged[i] = {delta.x, u.x, delta.y, u.y};
+  }
+  keep_part(lane, part, memory.matrices);
+#pragma unroll
+  for (int i = 0; i < tile::kSteps / 2; ++i) {
+    float4* target = memory.step[2 * i + lane.half] + lane.pair;
+    target[0] = {staged[i].x, staged[i].y, 0.0f, 0.0f};
+    target[16] = {staged[i].z, staged[i].w, 0.0f, 0.0f};
+  }
+}
+// What they need to be returned through.
+template <Dtype T>
+MAMBA_SSM_DEVICE void stage_chunk(const ScanParams& p, const Lane& lane, int steps, float2 bias,
+                                  BackwardWarp<T>& memory) {
+  float part[8];
+  read_part(lane, memory.raw_matrices, part);
+  GradientPair staged[tile::kSteps / 2];
+#pragma unroll
+  for (int i = 0; i < tile::kSteps / 2; ++i) {
+    staged[i] = stage_gradient_pair(p, 2 * i + lane.half, lane.pair, steps, bias, memory);
+  }
+  keep_part(lane, part, memory.matrices);
+#pragma unroll
+  for (int i = 0; i < tile::kSteps / 2; ++i) {
+    const int step = 2 * i + lane.half;
+    memory.step[step][lane.pair] = staged[i].first;
+    memory.step[step][lane.pair + 16] = staged[i].second;
+    *reinterpret_cast<float2*>(memory.gate[step] + 2 * lane.pair) = staged[i].gate;
+  }
+}
+
+// A method's coefficients for its gradient: kept if there is one for each state, else made of A where they are used.
 template <class Method>
 struct Adjoint {
   using Coefficients = decltype(Method::prepare(Real(0.0f)));
   static constexpr bool kKeep = sizeof(Coefficients) == sizeof(float);
-  std::conditional_t<kKeep, Coefficients, float> k[tile::kThreadStates];
-  float A[tile::kThreadStates];        // not used by zoh, whose coefficient is A log2 e
-  float carried[tile::kThreadStates];  // Ā_{t+1} g_{t+1}
-  float dA[tile::kThreadStates];
+  std::conditional_t<kKeep, Coefficients, float> k[tile::kSlots][tile::kThreadStates];
+  States carried;  // Ā_{t+1} g_{t+1}
+  States dA;
 
-  MAMBA_SSM_DEVICE Coefficients coefficients(int j) const {
+  MAMBA_SSM_DEVICE Coefficients coefficients(int s, int j) const {
     if constexpr (kKeep) {
-      return k[j];
+      return k[s][j];
     } else {
-      return Method::prepare(Real(A[j]));
+      return Method::prepare(Real(k[s][j]));
     }
   }
 };
-// The constant forms of B and C and their gradients, which only the general kernel has.
-struct ConstantMatrices {
-  float B[tile::kThreadStates], C[tile::kThreadStates];
-  float dB[tile::kThreadStates], dC[tile::kThreadStates];
+
+// h through one step, without anything else.
+template <class Method, int Count, class Coefficients>
+MAMBA_SSM_DEVICE void advance_step(const float4& in, const Coefficients& coefficients, const float (&B)[Count],
+                                   float* h) {
+  const float weight = Method::kInputIsDelta ? in.x * in.y : in.y;
+#pragma unroll
+  for (int j = 0; j < Count; ++j) {
+    const Transition<Real> transition = Method::forward(Real(in.x), coefficients(j));
+    const float input = Method::kInputIsDelta ? weight : (transition.c * Real(weight)).value;
+    h[j] = transition.a_bar.value * h[j] + input * B[j];
+  }
+}
+
+template <class Method, Dtype T>
+MAMBA_SSM_DEVICE void advance_quietly(const Lane& lane, const Adjoint<Method>& a, States& h,
+                                      const BackwardWarp<T>& memory) {
+#pragma unroll 2
+  for (int step = 0; step < tile::kSteps; ++step) {
+    float B[tile::kThreadStates];
+    read_row(memory.matrices[step] + lane.first_state(), B);
+#pragma unroll
+    for (int s = 0; s < tile::kSlots; ++s) {
+      const float4 in = memory.step[step][s == 0 ? lane.index : lane.partner()];
+      advance_step<Method>(in, [&](int j) { return a.coefficients(s, j); }, B, h[s]);
+    }
+  }
+}
+
+// Two steps of both of the thread's channels, see BackwardWarp::step.
+struct TwoSteps {
+  float4 at[2][tile::kSlots];
+
+  template <Dtype T>
+  MAMBA_SSM_DEVICE void read(const Lane& lane, int first, const BackwardWarp<T>& memory) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      at[i][0] = memory.step[first + i][lane.index];
+      at[i][1] = memory.step[first + i][lane.partner()];
+    }
+  }
 };
 
-// The thread's states are worked on four at a time.
-constexpr int kQuad = 4;
-
-// B or C of one step and four of the thread's states.
-template <bool Packed>
-MAMBA_SSM_DEVICE void read_quad(const InputMatrix& m, const float (&row)[tile::kStates], const Thread& thread,
-                                const float (&constant)[tile::kThreadStates], int quad, float (&values)[kQuad]) {
-  const float4 v = *reinterpret_cast<const float4*>(row + thread.first_state + quad);
-  const float varying[kQuad] = {v.x, v.y, v.z, v.w};
+// h through the chunk: keeps it before every pair of steps, and finds dC and dz.
+template <class Method, bool Exact, Dtype T>
+MAMBA_SSM_DEVICE void advance_chunk(const Lane& lane, const Adjoint<Method>& a, float D, States& h,
+                                    BackwardWarp<T>& memory) {
+  constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots;
+  TwoSteps in, next;
+  next.read(lane, 0, memory);
+#pragma unroll 2
+  for (int first = 0; first < tile::kSteps; first += 2) {
+    in = next;
+    next.read(lane, (first + 2) % tile::kSteps, memory);  // before what is stored below, which would be waited for
+    float y[2][kSlots] = {};
+    ChannelSums<Exact> sums;
 #pragma unroll
-  for (int j = 0; j < kQuad; ++j) values[j] = !Packed && m.constant ? constant[quad + j] : varying[j];
-}
-
-// Advances the thread's states through the steps from `first` to `first` + kPart. function(i, j, a_bar, before) is told
-// of state j before the i-th of them.
-template <class Method, bool Packed, class Function>
-MAMBA_SSM_DEVICE void advance_part(const ScanParams& p, const Thread& thread, int first, const Adjoint<Method>& a,
-                                   const ConstantMatrices& constant, const BackwardMemory& memory,
-                                   float (&h)[tile::kThreadStates], const Function& function) {
+    for (int quad = 0; quad < kStates; quad += kQuad) {
+      float dC[2][kQuad];
 #pragma unroll
-  for (int quad = 0; quad < tile::kThreadStates; quad += kQuad) {
-    typename Adjoint<Method>::Coefficients k[kQuad];
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) k[j] = a.coefficients(quad + j);
-#pragma unroll
-    for (int i = 0; i < tile::kPart; ++i) {
-      const float2 in = memory.step[first + i][thread.channel];
-      const Real delta = in.x, u = in.y;
-      float B[kQuad];
-      read_quad<Packed>(p.B, memory.B[first + i], thread, constant.B, quad, B);
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) {
-        const Transition<Real> transition = Method::forward(delta, k[j]);
-        const float before = h[quad + j];
-        h[quad + j] = transition.a_bar.value * before + (transition.c * u).value * B[j];
-        function(i, quad + j, transition.a_bar.value, before);
+      for (int s = 0; s < kSlots; ++s) {
+        const float* state = h[s] + quad;
+        memory.state[first / 2][s * 2 + quad / kQuad][lane.index] = {state[0], state[1], state[2], state[3]};
       }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float B[kQuad], C[kQuad];
+        read_row(memory.matrices[first + i] + lane.first_state() + quad, B);
+        read_row(memory.matrices[first + i] + tile::kStates + lane.first_state() + quad, C);
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) {
+          advance_step<Method>(in.at[i][s], [&](int j) { return a.coefficients(s, quad + j); }, B, h[s] + quad);
+#pragma unroll
+          for (int j = 0; j < kQuad; ++j) {
+            const float state = h[s][quad + j], dy = in.at[i][s].z;
+            y[i][s] += C[j] * state;
+            dC[i][j] = s == 0 ? state * dy : dC[i][j] + state * dy;
+          }
+        }
+      }
+      sums.add(lane, quad, dC[0], dC[1]);
+    }
+    memory.partial[first + sums.step(lane)][tile::kStates + sums.state(lane)] = sums.finish(lane);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float sum = y[i][0] + shuffle_xor(y[i][1], 16) + D * in.at[i][0].y;
+      memory.gate[first + i][lane.channel(0)] *= sum;
     }
   }
 }
 
-// The steps from `first` to `first` + kPart of a chunk; h is the state before them.
-template <class Method, bool Packed, bool Exact>
-MAMBA_SSM_DEVICE void backward_part(const ScanParams& p, const Chunk& chunk, const Thread& thread, int first,
-                                    float (&h)[tile::kThreadStates], Adjoint<Method>& a, ConstantMatrices& constant,
-                                    float (&partial)[tile::kPart][2 * tile::kStates], BackwardMemory& memory) {
-  constexpr int kPart = tile::kPart;
-  float before[kPart][tile::kThreadStates], a_bar[kPart][tile::kThreadStates];
-  float y[kPart] = {}, du[kPart] = {}, ddelta[kPart] = {};
+// What is summed over time for the lane's own channel.
+struct ChannelGradients {
+  float dD, ddelta_bias;
+};
 
-  advance_part<Method, Packed>(p, thread, first, a, constant, memory, h,
-                               [&](int i, int j, float transition, float old_state) {
-                                 before[i][j] = old_state;
-                                 a_bar[i][j] = transition;
-                               });
-  // Step i of four states; `coefficients` are those of their gradients, where there are any.
-  ChannelSums<Exact> channel_sums[kPart];
-  const auto return_step = [&](int i, int quad, const auto& coefficients) {
-    const float2 in = memory.step[first + i][thread.channel];
-    const float delta = in.x, u = in.y, dy = memory.dy[first + i][thread.channel];
-    float B[kQuad], C[kQuad], dB[kQuad], dC[kQuad];
-    read_quad<Packed>(p.B, memory.B[first + i], thread, constant.B, quad, B);
-    read_quad<Packed>(p.C, memory.C[first + i], thread, constant.C, quad, C);
+// Back through the chunk's pairs of steps.
+template <class Method, bool Exact, Dtype T>
+MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, const States& A, Adjoint<Method>& a, float D,
+                                   ChannelGradients& channel, BackwardWarp<T>& memory) {
+  constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots;
+#pragma unroll 1
+  for (int first = tile::kSteps - 2; first >= 0; first -= 2) {
+    float4 in[2][kSlots];
 #pragma unroll
-    for (int j = 0; j < kQuad; ++j) {
-      const int state = quad + j;
-      const float after = i == kPart - 1 ? h[state] : before[i + 1][state];
-      const float g = C[j] * dy + a.carried[state], gB = g * B[j];
-      a.carried[state] = g * a_bar[i][state];
-      y[i] += C[j] * after;
-      dC[j] = after * dy;
-      if constexpr (Method::kInputIsDelta) {
-        const float through = before[i][state] * a.carried[state];
-        ddelta[i] += through * a.k[state].value;
-        a.dA[state] += through * delta;
-        du[i] += gB;
-        dB[j] = g * (delta * u);
-      } else {
-        const TransitionGradient<Real> step = Method::gradient(Real(delta), coefficients[j]);
-        const float slope = Method::kSlopeIsABar ? a.carried[state] : g * step.slope.value;
-        const float through = before[i][state] * slope, gBu = gB * u;
-        ddelta[i] += through * a.A[state] + gBu * step.c_delta.value;
-        a.dA[state] += through * delta + gBu * step.c_A.value;
-        du[i] += gB * step.c.value;
-        dB[j] = g * (step.c.value * u);
+    for (int i = 0; i < 2; ++i) {
+      in[i][0] = memory.step[first + i][lane.index];
+      in[i][1] = memory.step[first + i][lane.partner()];
+    }
+    float du_sum[2][kSlots] = {}, ddelta_sum[2][kSlots] = {};
+    ChannelSums<Exact> sums;
+#pragma unroll
+    for (int quad = 0; quad < kStates; quad += kQuad) {
+      float dB[2][kQuad], B[2][kQuad], C[2][kQuad];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        read_row(memory.matrices[first + i] + lane.first_state() + quad, B[i]);
+        read_row(memory.matrices[first + i] + tile::kStates + lane.first_state() + quad, C[i]);
       }
-      if constexpr (!Packed) {
-        constant.dB[state] += dB[j];
-        constant.dC[state] += dC[j];
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+        const float4 kept = memory.state[first / 2][s * 2 + quad / kQuad][lane.index];
+        const float before[kQuad] = {kept.x, kept.y, kept.z, kept.w};
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) {
+          float& carried = a.carried[s][quad + j];
+          float& dA = a.dA[s][quad + j];
+          const auto add_dB = [&](int i, float term) { dB[i][j] = s == 0 ? term : dB[i][j] + term; };
+          if constexpr (Method::kInputIsDelta) {
+            const Real k = a.k[s][quad + j];
+            const float w0 = in[0][s].x * in[0][s].y, w1 = in[1][s].x * in[1][s].y;
+            const float a0 = Method::forward(Real(in[0][s].x), k).a_bar.value;
+            const float a1 = Method::forward(Real(in[1][s].x), k).a_bar.value;
+            const auto step_back = [&](int i, float a_bar, float w, float state) {
+              const float g = C[i][j] * in[i][s].z + carried;
+              carried = g * a_bar;
+              du_sum[i][s] += g * B[i][j];
+              add_dB(i, g * w);
+              const float through = state * carried;
+              ddelta_sum[i][s] += through * k.value;
+              dA += through * in[i][s].x;
+            };
+            step_back(1, a1, w1, a0 * before[j] + w0 * B[0][j]);
+            step_back(0, a0, w0, before[j]);
+          } else {
+            const auto k = gradient_coefficients<Method>(Real(A[s][quad + j]));
+            const TransitionGradient<Real> early = Method::gradient(Real(in[0][s].x), k);
+            const TransitionGradient<Real> late = Method::gradient(Real(in[1][s].x), k);
+            const auto step_back = [&](int i, const TransitionGradient<Real>& step, float state) {
+              const float g = C[i][j] * in[i][s].z + carried, gB = g * B[i][j], gBu = gB * in[i][s].y;
+              carried = g * step.a_bar.value;
+              const float through = state * (Method::kSlopeIsABar ? carried : g * step.slope.value);
+              ddelta_sum[i][s] += through * A[s][quad + j] + gBu * step.c_delta.value;
+              dA += through * in[i][s].x + gBu * step.c_A.value;
+              du_sum[i][s] += gB * step.c.value;
+              add_dB(i, g * (step.c.value * in[i][s].y));
+            };
+            step_back(1, late, early.a_bar.value * before[j] + early.c.value * in[0][s].y * B[0][j]);
+            step_back(0, early, before[j]);
+          }
+        }
       }
+      sums.add(lane, quad, dB[0], dB[1]);
     }
-    channel_sums[i].add(quad, {dB[0], dB[1]}, {dC[0], dC[1]});
-    channel_sums[i].add(quad + 2, {dB[2], dB[3]}, {dC[2], dC[3]});
-  };
-  const int place = ChannelSums<Exact>::place();
-  if constexpr (Method::kInputIsDelta) {
+    memory.partial[first + sums.step(lane)][sums.state(lane)] = sums.finish(lane);
+    __syncwarp();  // the partner has read this lane's step
 #pragma unroll
-    for (int i = kPart - 1; i >= 0; --i) {
-#pragma unroll
-      for (int quad = 0; quad < tile::kThreadStates; quad += kQuad) return_step(i, quad, nullptr);
-      partial[i][place] = channel_sums[i].finish();
+    for (int i = 0; i < 2; ++i) {
+      float du = du_sum[i][0] + shuffle_xor(du_sum[i][1], 16);
+      float ddelta = ddelta_sum[i][0] + shuffle_xor(ddelta_sum[i][1], 16);
+      const float delta = in[i][0].x, u = in[i][0].y, dy = in[i][0].z, slope = in[i][0].w;
+      if constexpr (Method::kInputIsDelta) {  // c = Δ comes out of the sum over the states
+        ddelta = ddelta * kLn2 + du * u;
+        du *= delta;
+      }
+      ddelta *= slope;
+      channel.ddelta_bias += ddelta;
+      channel.dD += dy * u;
+      *reinterpret_cast<float2*>(&memory.step[first + i][lane.index]) = {ddelta, du + D * dy};
     }
-  } else {  // the coefficients of four states are computed once for all steps
-#pragma unroll
-    for (int quad = 0; quad < tile::kThreadStates; quad += kQuad) {
-      decltype(gradient_coefficients<Method>(Real(0.0f))) coefficients[kQuad];
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) coefficients[j] = gradient_coefficients<Method>(Real(a.A[quad + j]));
-#pragma unroll
-      for (int i = kPart - 1; i >= 0; --i) return_step(i, quad, coefficients);
-    }
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) partial[i][place] = channel_sums[i].finish();
   }
-
-  float dD = 0.0f, ddelta_bias = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPart; i += 2) {
-    const int step = first + i + thread.half;
-    const float y_sum = pair_sum(y[i], y[i + 1], thread.half);
-    float du_sum = pair_sum(du[i], du[i + 1], thread.half);
-    float ddelta_sum = pair_sum(ddelta[i], ddelta[i + 1], thread.half);
-    float2 &result = memory.step[step][thread.channel], &gate = memory.gate[step][thread.channel];
-    const float delta = result.x, u = result.y, dy = memory.dy[step][thread.channel];
-    if constexpr (Method::kInputIsDelta) {  // c = Δ comes out of the sum over the states
-      ddelta_sum = ddelta_sum * kLn2 + du_sum * u;
-      du_sum *= delta;
-    }
-    const float gradient = p.delta_softplus ? ddelta_sum * softplus_slope(delta) : ddelta_sum;
-    gate.x = gate.x * y_sum + gate.y;
-    __syncwarp();  // the other thread of the channel has read Δ and u
-    result = {gradient, du_sum + memory.D[threadIdx.x] * dy};
-    dD += dy * u;
-    if (step < chunk.steps) ddelta_bias += gradient;
-  }
-  memory.dD[threadIdx.x] += dD;
-  memory.ddelta_bias[threadIdx.x] += ddelta_bias;
 }
 
-// Adds the warps' sums of a part of the chunk and writes them to the tile's own row of each step.
-MAMBA_SSM_DEVICE void write_partial(const GpuScan& scan, const GpuScanGradients& out, const Tile& t, const Chunk& chunk,
-                                    int part, const BackwardMemory& memory) {
-  if (out.partial == nullptr) return;
-  __syncthreads();  // one for each part is enough, as the next part writes to the other rows
-  const auto& rows = memory.partial[part % 2];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  static_assert(tile::kPart * 2 * tile::kStates == tile::kThreads);
-  const int step = part * tile::kPart + warp;
-  if (step >= chunk.steps) return;
-  float sum = 0.0f;
+// Writes pairs of channels of a chunk's steps: value(step) for the lane's own pair, in T or in float32.
+template <Dtype T, class Function>
+MAMBA_SSM_DEVICE void write_pairs(const Stream& s, int channels, const Lane& lane, int chunk, int steps,
+                                  const Function& value) {
+  char* elements = s.row(chunk * tile::kSteps + lane.half) + 2 * lane.pair * s.size;
+  const int written = 2 * lane.pair < channels ? steps - lane.half : 0;
+  const int written_in_T = s.size == kSize<T> ? written : 0, written_in_float32 = written - written_in_T;
 #pragma unroll
-  for (int i = 0; i < tile::kWarps; ++i) sum += rows[i][warp][lane];
-  const std::int64_t tile_row = ((t.batch * scan.p.groups + t.group) * scan.tiles + t.split) * scan.p.length;
-  out.partial[(tile_row + chunk.time(step)) * 2 * tile::kStates + lane] = sum;
+  for (int i = 0; i < tile::kSteps; i += 2) {
+    const float2 pair = value(i + lane.half);
+    char* element = advance(elements, i, s.row_bytes);
+    store_pair_below<T>(i, written_in_T, element, pair);
+    if constexpr (T != Dtype::f32) store_pair_below<Dtype::f32>(i, written_in_float32, element, pair);
+  }
 }
 
-// The whole walk of one block, under one form of the method.
-template <class Method, bool Packed, bool Exact>
-MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& out, const Tile& t, const Thread& thread,
-                                  const float (&A)[tile::kThreadStates], BackwardMemory& memory) {
-  constexpr int kStates = tile::kThreadStates, kPart = tile::kPart;
+template <Dtype T>
+MAMBA_SSM_DEVICE void write_dz(const ScanGradients& g, const Lane& lane, int chunk, int steps,
+                               const BackwardWarp<T>& memory) {
+  const int channels = memory.tile.channels;
+  const auto gate = [&](int step) { return *reinterpret_cast<const float2*>(memory.gate[step] + 2 * lane.pair); };
+  const Stream dz = memory.streams.dz;
+  if (g.dz_addend.data == nullptr) {
+    write_pairs<T>(dz, channels, lane, chunk, steps, gate);
+  } else {
+    write_pairs<T>(dz, channels, lane, chunk, steps, [&](int step) {
+      const float2 value = gate(step), more = memory.dz_addend.pair(step, lane.pair);
+      return float2{value.x + more.x, value.y + more.y};
+    });
+  }
+}
+
+template <Dtype T>
+MAMBA_SSM_DEVICE void write_results(const ScanParams& p, const GpuScanGradients& out, const Lane& lane, int chunk,
+                                    int steps, const BackwardWarp<T>& memory) {
+  const int channels = memory.tile.channels;
+  const auto& streams = memory.streams;
+  float2 ddelta[tile::kSteps], du[tile::kSteps];
+#pragma unroll
+  for (int i = 0; i < tile::kSteps; i += 2) {
+    const int step = i + lane.half;
+    const float2 first = *reinterpret_cast<const float2*>(&memory.step[step][lane.pair]);
+    const float2 second = *reinterpret_cast<const float2*>(&memory.step[step][lane.pair + 16]);
+    ddelta[i] = {first.x, second.x};
+    du[i] = {first.y, second.y};
+  }
+  if (out.sum_du.data != nullptr && 2 * lane.pair < channels) {  // what launches for other states found
+    const auto add = [&](const Stream& sum, float2(&values)[tile::kSteps]) {
+      for (int i = 0; i < tile::kSteps && steps > i + lane.half; i += 2) {
+        const float2 more = load_pair<Dtype::f32>(sum.row(chunk * tile::kSteps + i + lane.half), 2 * lane.pair);
+        values[i] = {values[i].x + more.x, values[i].y + more.y};
+      }
+    };
+    add(make_stream(p, out.sum_ddelta, memory.tile), ddelta);
+    add(make_stream(p, out.sum_du, memory.tile), du);
+  }
+  write_pairs<T>(streams.ddelta, channels, lane, chunk, steps, [&](int step) { return ddelta[step - lane.half]; });
+  write_pairs<T>(streams.du, channels, lane, chunk, steps, [&](int step) { return du[step - lane.half]; });
+}
+
+// The sums of dB and dC of the block's warps, in the tile's own row of each step.
+template <Dtype T>
+MAMBA_SSM_DEVICE void write_partial(const Lane& lane, int chunk, int steps, const BackwardMemory<T>& memory) {
+  const int warp = threadIdx.x / kWarp;
+  const Stream partial = memory.warps[0].streams.partial;
+  char* elements = partial.row(chunk * tile::kSteps + warp) + lane.index * 4;
+#pragma unroll
+  for (int i = 0; i < tile::kSteps; i += tile::kWarps) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < tile::kWarps; ++w) sum += memory.warps[w].partial[i + warp][lane.index];
+    store_element_below<Dtype::f32>(i, steps - warp, advance(elements, i, partial.row_bytes), sum);
+  }
+}
+
+// The state before a chunk other than the one behind a checkpoint is kept in global memory, each lane's own states.
+template <Dtype T>
+MAMBA_SSM_DEVICE char* kept_state(const GpuScan& scan, const Lane& lane, int chunk, const BackwardWarp<T>& memory) {
+  const Stream kept = memory.streams.kept_states;
+  return kept.row((chunk & ((1 << scan.checkpoint_shift) - 1)) - 1) + lane.index * 16;
+}
+template <Dtype T>
+MAMBA_SSM_DEVICE void keep_state(const GpuScan& scan, const Lane& lane, int chunk, const States& h,
+                                 const BackwardWarp<T>& memory) {
+  char* target = kept_state(scan, lane, chunk, memory);
+#pragma unroll
+  for (int i = 0; i < tile::kSlots * 2; ++i) {
+    const float* v = h[i / 2] + i % 2 * 4;
+    *reinterpret_cast<float4*>(target + i * sizeof(float4) * kWarp) = {v[0], v[1], v[2], v[3]};
+  }
+}
+// Starts the copy of the state before an item's chunk to where the states before the last pair of steps are kept.
+template <Dtype T>
+MAMBA_SSM_DEVICE void start_state(const GpuScan& scan, const Lane& lane, const WalkItem& item,
+                                  BackwardWarp<T>& memory) {
+  float4(&target)[tile::kSlots * 2][kWarp] = memory.state[tile::kSteps / 2 - 1];
+  if (!is_checkpoint(scan, item.chunk)) {
+    const char* source = kept_state(scan, lane, item.chunk, memory);
+#pragma unroll
+    for (int i = 0; i < tile::kSlots * 2; ++i) {
+      copy_async<16>(&target[i][lane.index], source + i * sizeof(float4) * kWarp, true);
+    }
+    return;
+  }
+  const int count = scan.states - lane.first_state(), states = static_cast<int>(scan.p.states);
+  const Stream checkpoints = memory.streams.checkpoints;
+  char* row = checkpoints.row(item.chunk >> scan.checkpoint_shift) + lane.first_state() * 4;
+#pragma unroll
+  for (int s = 0; s < tile::kSlots; ++s) {
+    const char* source = advance(row, lane.channel(s), states * 4);
+    const bool exists = lane.channel(s) < memory.tile.channels;
+    copy_async<16>(&target[s * 2][lane.index], source, exists && count > 0);
+    copy_async<16>(&target[s * 2 + 1][lane.index], source + 16, exists && count > 4);
+  }
+}
+template <Dtype T>
+MAMBA_SSM_DEVICE void read_state(const Lane& lane, const BackwardWarp<T>& memory, States& h) {
+#pragma unroll
+  for (int s = 0; s < tile::kSlots; ++s) {
+#pragma unroll
+    for (int j = 0; j < tile::kThreadStates; j += 4) {
+      const float4 v = memory.state[tile::kSteps / 2 - 1][s * 2 + j / 4][lane.index];
+      h[s][j] = v.x, h[s][j + 1] = v.y, h[s][j + 2] = v.z, h[s][j + 3] = v.w;
+    }
+  }
+}
+
+// The whole walk of one warp, under one form of the method.
+template <class Method, Dtype T>
+MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& out, const WarpTile& t, const Lane& lane,
+                                  const States& A, BackwardMemory<T>& block_memory) {
+  constexpr bool kExact = T != Dtype::bf16;
+  BackwardWarp<T>& memory = block_memory.warps[threadIdx.x / kWarp];
   const ScanParams& p = scan.p;
   const ScanGradients& g = out.g;
-  memory.D[threadIdx.x] = load_parameter(p.D, t, thread.channel);
-  memory.dD[threadIdx.x] = memory.ddelta_bias[threadIdx.x] = 0.0f;
   Adjoint<Method> a;
-  ConstantMatrices constant;
   const bool earlier = t.segment < scan.segments - 1;
-  load_states(scan, t, thread, earlier ? scan.segment_states : g.dlast_state, earlier ? segment_row(scan, t) : t.batch,
+  load_states(scan, t, lane, earlier ? scan.segment_states : g.dlast_state, earlier ? segment_row(scan, t) : t.batch,
               0.0f, a.carried);
 #pragma unroll
-  for (int j = 0; j < kStates; ++j) {
-    a.A[j] = A[j];
-    if constexpr (Adjoint<Method>::kKeep) a.k[j] = Method::prepare(Real(A[j]));
-    a.dA[j] = 0.0f;
-    if constexpr (!Packed) constant.dB[j] = constant.dC[j] = 0.0f;
-  }
-  if constexpr (!Packed) {
-    load_constant(p.B, scan, t, thread, constant.B);
-    load_constant(p.C, scan, t, thread, constant.C);
-  }
-
-  DeltaProduct product(scan, &memory + 1);
-  if (p.delta_weight != nullptr) product.stage_weight(p, t);
-  start_backward_inputs<Packed>(scan, g.dout, t, t.end_chunk - 1, t.first_chunk, product, memory);
-#pragma unroll 1
-  for (int index = t.end_chunk - 1; index >= t.first_chunk; --index) {
-    const Chunk chunk = chunk_at(p, index);
-    float h[kStates];
-    const int count = thread_states(scan, t, thread);
+  for (int s = 0; s < tile::kSlots; ++s) {
 #pragma unroll
-    for (int j = 0; j < kStates; ++j) {
-      h[j] = j < count ? checkpoint(scan, t, index, thread.first_state + j)[thread.channel] : 0.0f;
-    }
-    wait_for_copies();
-    __syncthreads();
-    stage_backward<Packed>(scan, g.dout, t, chunk, product, memory);
-    __syncthreads();
-    if (Packed && threadIdx.x / kWarp == 3) start_copy(g.dz_addend, t, chunk, memory.dz_addend);
-    start_backward_inputs<Packed>(scan, g.dout, t, index - 1, t.first_chunk, product, memory);
-
-    const int parts = (chunk.steps + kPart - 1) / kPart;
-#pragma unroll 1
-    for (int part = 0; part < parts; ++part) {
-      float4* kept = memory.state[part][0] + threadIdx.x;
-#pragma unroll
-      for (int i = 0; i < kStates / 4; ++i) {
-        kept[i * tile::kThreads] = {h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3]};
+    for (int j = 0; j < tile::kThreadStates; ++j) {
+      if constexpr (Adjoint<Method>::kKeep) {
+        a.k[s][j] = Method::prepare(Real(A[s][j]));
+      } else {
+        a.k[s][j] = A[s][j];
       }
-      if (part == parts - 1) break;
-      advance_part<Method, Packed>(p, thread, part * kPart, a, constant, memory, h, [](int, int, float, float) {});
+      a.dA[s][j] = 0.0f;
     }
+  }
+  const int c = 2 * lane.pair;
+  const float2 bias = {load_parameter(p.delta_bias, t, c), load_parameter(p.delta_bias, t, c + 1)};
+  const float D = load_parameter(p.D, t, lane.channel(0));
+  ChannelGradients channel = {0.0f, 0.0f};
+
+  make_streams(scan, out, t, lane, memory);
+  WalkItem item = walk_from_checkpoint(scan, t.end_chunk - 1);
+  States h;
+  start_inputs(scan, lane, item, memory);
+  start_state(scan, lane, item, memory);
 #pragma unroll 1
-    for (int part = parts - 1; part >= 0; --part) {
-      const float4* kept = memory.state[part][0] + threadIdx.x;
-#pragma unroll
-      for (int i = 0; i < kStates / 4; ++i) {
-        const float4 v = kept[i * tile::kThreads];
-        h[4 * i] = v.x;
-        h[4 * i + 1] = v.y;
-        h[4 * i + 2] = v.z;
-        h[4 * i + 3] = v.w;
-      }
-      auto& partial = memory.partial[part % 2][threadIdx.x / kWarp];
-      backward_part<Method, Packed, Exact>(p, chunk, thread, part * kPart, h, a, constant, partial, memory);
-      write_partial(scan, out, t, chunk, part, memory);
-    }
+  while (item.chunk >= memory.tile.first_chunk) {
+    const int chunk = item.chunk, steps = chunk_steps(p, chunk);
+    const WalkItem next = next_item(scan, item);
     wait_for_copies();
-    __syncthreads();
-    finish_backward<Packed>(scan, out, t, chunk, memory);
+    __syncwarp();
+    if (reads_state(scan, item)) read_state(lane, memory, h);
+    if (item.returns) {
+      stage_chunk(p, lane, steps, bias, memory);
+      __syncthreads();  // the block has added up the last sums
+      start_inputs(scan, lane, next, memory);
+      if (g.dz_addend.data != nullptr) {
+        start_copy(Stream(memory.streams.dz_addend), memory.tile.channels, lane, chunk, steps, memory.dz_addend);
+      }
+      advance_chunk<Method, kExact>(lane, a, D, h, memory);
+      if (g.dz_addend.data != nullptr) wait_for_copies();
+      __syncwarp();
+      if (g.dz.data != nullptr) write_dz(g, lane, chunk, steps, memory);
+      return_chunk<Method, kExact>(lane, A, a, D, channel, memory);
+      if (next.chunk >= memory.tile.first_chunk) start_state(scan, lane, next, memory);
+      __syncthreads();
+      write_results(p, out, lane, chunk, steps, memory);
+      write_partial(lane, chunk, steps, block_memory);
+    } else {
+      stage_quietly(p, lane, steps, bias, memory);
+      __syncwarp();
+      start_inputs(scan, lane, next, memory);
+      advance_quietly(lane, a, h, memory);
+      if (!next.returns) keep_state(scan, lane, next.chunk, h, memory);
+    }
+    __syncwarp();
+    item = next;
   }
 
-  if (t.segment == 0) store_states(scan, t, thread, g.dinitial_state, t.batch, a.carried);
-  store_states(scan, t, thread, g.dA, segment_row(scan, t), a.dA);
-  if constexpr (!Packed) {
-    if (p.B.constant) store_states(scan, t, thread, g.dB, t.batch, constant.dB);
-    if (p.C.constant) store_states(scan, t, thread, g.dC, t.batch, constant.dC);
-  }
-  float dD = memory.dD[threadIdx.x], ddelta_bias = memory.ddelta_bias[threadIdx.x];
-  dD += shuffle_xor(dD, 16);
-  ddelta_bias += shuffle_xor(ddelta_bias, 16);
-  if (thread.half == 0 && thread.channel < t.channels) {
-    const std::int64_t index = segment_row(scan, t) * p.channels + t.channel + thread.channel;
-    if (g.dD != nullptr) g.dD[index] = dD;
-    if (g.ddelta_bias != nullptr) g.ddelta_bias[index] = ddelta_bias;
+  const WarpTile end = memory.tile;
+  if (end.segment == 0) store_states(scan, end, lane, g.dinitial_state, end.batch, a.carried);
+  store_states(scan, end, lane, g.dA, segment_row(scan, end), a.dA);
+  if (lane.channel(0) < end.channels) {
+    const std::int64_t index = segment_row(scan, end) * p.channels + end.channel + lane.channel(0);
+    if (g.dD != nullptr) g.dD[index] = channel.dD;
+    if (g.ddelta_bias != nullptr) g.ddelta_bias[index] = channel.ddelta_bias;
   }
 }
 
-template <class Method, bool Packed, bool Exact>
-__global__ void __launch_bounds__(tile::kThreads, Packed ? tile::kBackwardBlocks : 1)
+template <class Method, Dtype T>
+__global__ void __launch_bounds__(tile::kThreads, tile::kBackwardBlocks)
     scan_backward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuScan scan, MAMBA_SSM_CONSTANT_PARAMETER GpuScanGradients out) {
-  BackwardMemory& memory = shared_memory<BackwardMemory>();
-  if (threadIdx.x == 0) memory.tile = this_tile(scan, blockIdx.y);
-  __syncthreads();
-  const Tile& t = memory.tile;
-  const Thread thread = this_thread();
-  float A[tile::kThreadStates];
-  load_states(scan, t, thread, scan.p.A, 0, -1.0f, A);
+  BackwardMemory<T>& memory = shared_memory<BackwardMemory<T>>();
+  const WarpTile t = this_tile(scan, blockIdx.y);
+  const Lane lane;
+  States A;
+  load_states(scan, t, lane, scan.p.A, 0, -1.0f, A);
   if constexpr (!std::is_same_v<Method, ForAnyA<Method>>) {
     if (block_all(all_at_least(A, Method::kSmallestA))) {
-      return_tile<Method, Packed, Exact>(scan, out, t, thread, A, memory);
-      return;
+      return return_tile<Method, T>(scan, out, t, lane, A, memory);
     }
   }
-  return_tile<ForAnyA<Method>, Packed, Exact>(scan, out, t, thread, A, memory);
+  return_tile<ForAnyA<Method>, T>(scan, out, t, lane, A, memory);
 }
 
-template <bool Packed>
-const char* launch_scan_backward(const GpuScan& scan, const GpuScanGradients& gradients, void* stream) {
-  using Kernel = void (*)(GpuScan, GpuScanGradients);
-#define MAMBA_SSM_KERNEL(Method)                                   \
-  {scan_backward_kernel<FormFor<Method, Packed>, Packed, !Packed>, \
-   scan_backward_kernel<FormFor<Method, Packed>, Packed, true>},
-  static constexpr Kernel kKernels[][2] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_KERNEL)};
-#undef MAMBA_SSM_KERNEL
+// What each segment but the first makes of the adjoint behind it: decay · adjoint + local.
+template <class Method, Dtype T>
+__global__ void __launch_bounds__(tile::kThreads, tile::kBackwardBlocks)
+    scan_backward_sums_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuScan scan,
+                              MAMBA_SSM_CONSTANT_PARAMETER GpuScanGradients out,
+                              MAMBA_SSM_CONSTANT_PARAMETER SegmentSums sums) {
+  BackwardWarp<T>& memory = shared_memory<BackwardMemory<T>>().warps[threadIdx.x / kWarp];
   const ScanParams& p = scan.p;
-  return launch<GpuScan, GpuScanGradients>(
-      kKernels[p.method][gradients.exact], p.batch * p.groups * scan.tiles, scan.segments, tile::kThreads,
-      sizeof(BackwardMemory) + DeltaProduct::bytes(p.rank), stream, scan, gradients);
+  const WarpTile t = this_tile(scan, blockIdx.y + 1);
+  if (t.channels == 0) return;
+  const Lane lane;
+  States A, adjoint, decay;
+  load_states(scan, t, lane, p.A, 0, -1.0f, A);
+  decltype(Method::prepare(Real(0.0f))) k[tile::kSlots][tile::kThreadStates];
+#pragma unroll
+  for (int s = 0; s < tile::kSlots; ++s) {
+#pragma unroll
+    for (int j = 0; j < tile::kThreadStates; ++j) {
+      k[s][j] = Method::prepare(Real(A[s][j]));
+      adjoint[s][j] = 0.0f;
+      decay[s][j] = 1.0f;
+    }
+  }
+  const int c = 2 * lane.pair;
+  const float2 bias = {load_parameter(p.delta_bias, t, c), load_parameter(p.delta_bias, t, c + 1)};
+  make_streams(scan, out, t, lane, memory);
+  start_inputs(scan, lane, {t.end_chunk - 1, 0, true}, memory);
+#pragma unroll 1
+  for (int chunk = t.end_chunk - 1; chunk >= t.first_chunk; --chunk) {
+    const int steps = chunk_steps(p, chunk);
+    wait_for_copies();
+    __syncwarp();
+    stage_chunk(p, lane, steps, bias, memory);
+    __syncwarp();
+    start_inputs(scan, lane, {chunk - 1, 0, true}, memory);
+#pragma unroll
+    for (int step = tile::kSteps - 1; step >= 0; --step) {
+      float C[tile::kThreadStates];
+      read_row(memory.matrices[step] + tile::kStates + lane.first_state(), C);
+#pragma unroll
+      for (int s = 0; s < tile::kSlots; ++s) {
+        const float4 in = memory.step[step][s == 0 ? lane.index : lane.partner()];
+#pragma unroll
+        for (int j = 0; j < tile::kThreadStates; ++j) {
+          const float a_bar = Method::forward(Real(in.x), k[s][j]).a_bar.value;
+          adjoint[s][j] = (C[j] * in.z + adjoint[s][j]) * a_bar;
+          decay[s][j] *= a_bar;
+        }
+      }
+    }
+    __syncwarp();
+  }
+  store_states(scan, t, lane, sums.decay, segment_row(scan, t), decay);
+  store_states(scan, t, lane, sums.local, segment_row(scan, t), adjoint);
+}
+
+template <Dtype T>
+const char* launch_scan_backward(const GpuScan& scan, const GpuScanGradients& gradients, const SegmentSums* sums,
+                                 void* stream) {
+  using Kernel = void (*)(GpuScan, GpuScanGradients);
+  using SumsKernel = void (*)(GpuScan, GpuScanGradients, SegmentSums);
+#define MAMBA_SSM_KERNEL(Method) scan_backward_kernel<Method, T>,
+#define MAMBA_SSM_SUMS_KERNEL(Method) scan_backward_sums_kernel<ForAnyA<Method>, T>,
+  static constexpr Kernel kKernels[] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_KERNEL)};
+  static constexpr SumsKernel kSumsKernels[] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_SUMS_KERNEL)};
+#undef MAMBA_SSM_KERNEL
+#undef MAMBA_SSM_SUMS_KERNEL
+  const ScanParams& p = scan.p;
+  const unsigned blocks = static_cast<unsigned>(p.batch * p.groups * scan.tiles);
+  if (sums == nullptr) {
+    return launch<GpuScan, GpuScanGradients>(kKernels[p.method], blocks, scan.segments, tile::kThreads,
+                                             sizeof(BackwardMemory<T>), stream, scan, gradients);
+  }
+  return launch<GpuScan, GpuScanGradients, SegmentSums>(kSumsKernels[p.method], blocks, scan.segments - 1,
+                                                        tile::kThreads, sizeof(BackwardMemory<T>), stream, scan,
+                                                        gradients, *sums);
 }
 
 }  // namespace mamba_ssm

@@ -15,10 +15,9 @@
 namespace mamba_ssm {
 namespace {
 
-// Steps between checkpoints. At least N, so that the checkpoints never outgrow the activations (B·D·L·N/chunk <=
-// B·D·L).
-std::int64_t checkpoint_interval(std::int64_t states) {
-  return std::clamp<std::int64_t>((states + 15) / 16 * 16, 32, 256);
+// A chunk of the backward pass, and the working memory of a thread, is as long as this.
+void check_checkpoint_steps(std::int64_t steps, std::int64_t least) {
+  STD_TORCH_CHECK(least <= steps && steps <= 4096, "checkpoint_steps: got ", steps, "; expected ", least, " to 4096");
 }
 constexpr std::int64_t kForwardChunk = 64;
 // The backward pass has about this many partial sums, whatever the machine, so that its results do not depend on it.
@@ -65,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
                                                 OptionalTensor z, OptionalTensor delta_bias,
                                                 OptionalTensor delta_weight, OptionalTensor initial_state,
                                                 OptionalTensor addend, double scale, bool delta_softplus, bool reverse,
-                                                std::string method, bool float_out, bool save_checkpoints) {
+                                                std::string method, bool float_out, std::int64_t checkpoint_steps) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
   A = contiguous_float(A, "A");
   D = contiguous_float(D, "D");
@@ -77,14 +76,15 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
   p.addend = activation(addend, "addend", u);
   check_shape(initial_state, {p.batch, p.channels, p.states}, "initial_state");
   p.initial_state = float_data(initial_state);
-  p.chunk = save_checkpoints ? checkpoint_interval(p.states) : kForwardChunk;
+  check_checkpoint_steps(checkpoint_steps, 0);
+  p.chunk = checkpoint_steps > 0 ? checkpoint_steps : kForwardChunk;
   Tensor out = new_activation(u, float_out ? ScalarType::Float : u.scalar_type());
   Tensor last_state = new_floats(u, {p.batch, p.channels, p.states});
-  const std::int64_t chunks = save_checkpoints ? (p.length + p.chunk - 1) / p.chunk : 0;
+  const std::int64_t chunks = checkpoint_steps > 0 ? (p.length + p.chunk - 1) / p.chunk : 0;
   Tensor checkpoints = new_floats(u, {p.batch, chunks, p.states, p.channels});
   p.out = activation(out, "out", u);
   p.last_state = float_data(last_state);
-  p.checkpoints = save_checkpoints ? float_data(checkpoints) : nullptr;
+  p.checkpoints = checkpoint_steps > 0 ? float_data(checkpoints) : nullptr;
 
   const std::int64_t blocks = blocks_per_group(p, kernels.lanes), runs = choose_runs(p, blocks);
   torch::stable::parallel_for(0, p.batch * p.groups * runs, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -140,7 +140,8 @@ Tensor sum_splits(const Tensor& parts, bool states_innermost) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
     Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
     OptionalTensor z, OptionalTensor delta_bias, OptionalTensor delta_weight, OptionalTensor dz_addend,
-    Tensor checkpoints, double scale, bool delta_softplus, bool reverse, std::string method, bool float_dz) {
+    Tensor checkpoints, double scale, bool delta_softplus, bool reverse, std::string method, bool float_dz,
+    std::int64_t checkpoint_steps) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
   A = contiguous_float(A, "A");
   D = contiguous_float(D, "D");
@@ -150,9 +151,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
   ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method);
   STD_TORCH_CHECK(z.has_value() || !dz_addend.has_value(), "dz_addend without z");
-  p.chunk = checkpoint_interval(p.states);
+  check_checkpoint_steps(checkpoint_steps, 1);
+  p.chunk = checkpoint_steps;
   check_shape(dlast_state, {p.batch, p.channels, p.states}, "dlast_state");
-  // empty where the forward ran with save_checkpoints=False
+  // empty where the forward ran with checkpoint_steps = 0
   check_shape(checkpoints, {p.batch, (p.length + p.chunk - 1) / p.chunk, p.states, p.channels}, "checkpoints");
   p.checkpoints = float_data(checkpoints);
 

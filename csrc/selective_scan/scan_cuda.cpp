@@ -18,70 +18,98 @@ void check_launch(const char* error) {
   STD_TORCH_CHECK(error == nullptr, "selective_scan: the kernel did not start: ", error);
 }
 
-// See launch_scan_forward in scan_gpu.h.
-bool is_packed(const Activation& a, const ScanParams& p) {
-  if (a.data == nullptr) return true;
-  const i64 vector = 16 / element_size(a.dtype);
-  return (a.dtype == p.u.dtype || a.dtype == Dtype::f32) && a.channel == 1 && a.batch % vector == 0 &&
-         a.time % vector == 0 && p.channels / p.groups % vector == 0 &&
-         reinterpret_cast<std::uintptr_t>(a.data) % 16 == 0;
+// ---- the fast kernels' tensors -------------------------------------------------------------------------------------
+
+constexpr i64 kMostRowBytes = 1ll << 31;
+
+bool is_aligned(const Tensor& t, i64 bytes) { return reinterpret_cast<std::uintptr_t>(t.data_ptr()) % bytes == 0; }
+
+// Whether rows of `inner`, the tensor's dimension that lies side by side, begin at multiples of `bytes`, and a row's
+// distance fits into an int.
+bool has_rows(const Tensor& t, i64 inner, i64 time, i64 bytes) {
+  const i64 size = element_size(kernel_dtype(t, "tensor"));
+  bool aligned = t.stride(inner) == 1 && std::abs(t.stride(time)) * size < kMostRowBytes && is_aligned(t, bytes);
+  for (i64 i = 0; i < t.dim(); ++i) aligned &= i == inner || t.stride(i) * size % bytes == 0;
+  return aligned;
 }
-template <class... Activations>
-bool all_packed(const ScanParams& p, const Activations&... a) {
-  const bool same_dtype = p.delta.data == nullptr || p.delta.dtype == p.u.dtype;
-  return same_dtype && !p.B.constant && !p.C.constant && (is_packed(a, p) && ...);
+// (batch, channels, length) with the channels side by side, copied if need be.
+Tensor channel_rows(const Tensor& t) {
+  if (has_rows(t, 1, 2, 16)) return t;
+  return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(t, 1, 2)), 1, 2);
+}
+// (batch, [groups,] states, length) with the states side by side, copied if need be.
+Tensor state_rows(const Tensor& t) {
+  const i64 state = t.dim() - 2, time = t.dim() - 1;
+  if (has_rows(t, state, time, 8)) return t;
+  return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(t, state, time)), state, time);
+}
+void to_channel_rows(OptionalTensor& t) {
+  if (t.has_value()) t = channel_rows(*t);
 }
 
-// Whether words of 4 bytes hold whole states of one position each.
-bool is_aligned(const InputMatrix& m, i64 states) {
-  const i64 word = 4 / element_size(m.dtype);
-  return !m.constant && m.state == 1 && m.batch % word == 0 && m.group % word == 0 && m.time % word == 0 &&
-         states % word == 0 && reinterpret_cast<std::uintptr_t>(m.data) % 4 == 0;
+// Whether the fast kernels take a problem with these tensors, after such copies.
+bool is_fast(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+             std::initializer_list<const OptionalTensor*> like_u, std::initializer_list<const OptionalTensor*> floats,
+             std::initializer_list<const Tensor*> states) {
+  const i64 groups = std::max(B.dim() == 4 ? B.size(1) : 1, C.dim() == 4 ? C.size(1) : 1);
+  const i64 vector = 16 / element_size(kernel_dtype(u, "u"));
+  bool fast = u.numel() > 0 && B.dim() > 2 && C.dim() > 2 && A.size(1) % 4 == 0 && u.size(1) / groups % vector == 0;
+  const auto same_dtype = [&](const Tensor& t) { return t.scalar_type() == u.scalar_type(); };
+  fast &= same_dtype(delta) && same_dtype(B) && same_dtype(C);
+  for (const OptionalTensor* t : like_u) fast &= !t->has_value() || same_dtype(**t);
+  for (const OptionalTensor* t : floats) fast &= !t->has_value() || (*t)->scalar_type() == ScalarType::Float;
+  for (const Tensor* t : states) fast &= is_aligned(*t, 16);
+  const i64 largest = std::max(u.size(1), A.size(1));
+  return fast && u.size(2) < (1ll << 31) - tile::kSteps && largest * 8 < kMostRowBytes &&
+         u.size(1) * A.size(1) * 4 < kMostRowBytes;
 }
 
-// Of delta_weight: its tile must fit into shared memory.
-constexpr i64 kLargestRank = 256;
+Tensor projected_delta(const Tensor& weight, const Tensor& input, const ScanParams& p, const Tensor& u, void* stream) {
+  Tensor rows = torch::stable::new_empty(u, {p.batch, p.length, p.channels}, u.scalar_type());
+  const DeltaProjection projection{p.delta_input, float_data(weight), p.batch,         p.channels,
+                                   p.rank,        p.length,           rows.data_ptr(), p.u.dtype};
+  check_launch(launch_project_delta(projection, stream));
+  return torch::stable::transpose(rows, 1, 2);
+}
 
-GpuScan make_launch(const ScanParams& p) {
-  const i64 tiles = (p.channels / p.groups + tile::kChannels - 1) / tile::kChannels;
+GpuScan make_launch(const ScanParams& p, bool fast, i64 checkpoint_steps) {
+  const i64 width = fast ? tile::kChannels : general_tile::kChannels;
+  const i64 tiles = (p.channels / p.groups + width - 1) / width;
   constexpr i64 kMost = (1ll << 31) - tile::kSteps;
   STD_TORCH_CHECK(p.length < kMost && p.channels < kMost && p.batch * p.groups * tiles < kMost,
                   "selective_scan: length, or batch times channels, is too large for one launch");
-  STD_TORCH_CHECK(p.rank <= kLargestRank, "delta_weight: got rank ", p.rank, "; expected at most ", kLargestRank);
   GpuScan scan{};
   scan.p = p;
   scan.tiles = static_cast<int>(tiles);
-  scan.aligned_B = is_aligned(p.B, p.states);
-  scan.aligned_C = is_aligned(p.C, p.states);
-  scan.aligned_delta = p.rank > 0 && is_aligned(p.delta_input, p.rank);
+  while (tile::kSteps << scan.checkpoint_shift < checkpoint_steps) ++scan.checkpoint_shift;
+  STD_TORCH_CHECK(checkpoint_steps == 0 || tile::kSteps << scan.checkpoint_shift == checkpoint_steps,
+                  "checkpoint_steps: got ", checkpoint_steps, "; expected 0 or a power of two from ", tile::kSteps,
+                  " on");
+  scan.checkpoints = checkpoint_steps == 0 ? 0 : static_cast<int>((p.length + checkpoint_steps - 1) / checkpoint_steps);
   return scan;
 }
-
-i64 chunk_count(const ScanParams& p) { return (p.length + tile::kSteps - 1) / tile::kSteps; }
 
 // What a split sequence needs: the segments' sums and the states between them.
 class Segments {
  public:
-  // `packed`: only packed launches are split. `blocks_each`: that fit on a multiprocessor.
-  Segments(const Tensor& like, GpuScan& scan, bool packed, int blocks_each) {
+  // `fast`: only fast launches are split.
+  Segments(const Tensor& like, GpuScan& scan, bool fast) {
     const ScanParams& p = scan.p;
-    const int chunks = static_cast<int>(chunk_count(p));
-    const i64 blocks = p.batch * p.groups * scan.tiles, slots = i64{blocks_each} * multiprocessor_count();
-    const int wanted = packed ? tile::segment_count(blocks, chunks, slots) : 1;
-    scan.segment_chunks = (chunks + wanted - 1) / wanted;
-    scan.segments = (chunks + scan.segment_chunks - 1) / scan.segment_chunks;
-    if (scan.segments == 1) return;
+    const i64 chunks = (p.length + tile::kSteps - 1) / tile::kSteps, each = i64{1} << scan.checkpoint_shift;
+    const i64 wanted = fast ? tile::segment_count(p.batch * p.groups * scan.tiles, chunks, multiprocessor_count()) : 1;
+    const i64 segment_chunks = ((chunks + wanted - 1) / wanted + each - 1) / each * each;
+    scan.segment_chunks = static_cast<int>(segment_chunks);
+    scan.segments = static_cast<int>((chunks + segment_chunks - 1) / segment_chunks);
+    if (scan.segments <= 1) {
+      scan.segments = 1;
+      return;
+    }
     for (Tensor* t : {&decay_, &local_, &states_})
       *t = new_floats(like, {p.batch, scan.segments, p.channels, p.states});
     scan.segment_states = float_data(states_);
   }
-  // Fills scan.segment_states, for its states.
-  void join(const GpuScan& scan, const Activation* dout, const float* state, void* stream) const {
-    if (scan.segments == 1) return;
-    const SegmentSums sums{float_data(decay_), float_data(local_)};
-    check_launch(launch_segment_sums(scan, dout, sums, stream));
-    check_launch(launch_join_segments(scan, dout != nullptr, sums, state, float_data(states_), stream));
-  }
+  SegmentSums sums() const { return {float_data(decay_), float_data(local_)}; }
+  float* states() const { return float_data(states_); }
 
  private:
   Tensor decay_, local_, states_;
@@ -91,25 +119,37 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
                                                 OptionalTensor z, OptionalTensor delta_bias,
                                                 OptionalTensor delta_weight, OptionalTensor initial_state,
                                                 OptionalTensor addend, double scale, bool delta_softplus, bool reverse,
-                                                std::string method, bool float_out, bool save_checkpoints) {
+                                                std::string method, bool float_out, i64 checkpoint_steps) {
   const DeviceOf device(u);
   A = contiguous_float(A, "A");
   D = contiguous_float(D, "D");
   delta_bias = contiguous_float(delta_bias, "delta_bias");
   delta_weight = contiguous_float(delta_weight, "delta_weight");
   initial_state = contiguous_float(initial_state, "initial_state");
-
   ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method);
-  p.addend = activation(addend, "addend", u);
+  activation(addend, "addend", u);
   check_shape(initial_state, {p.batch, p.channels, p.states}, "initial_state");
+  const Tensor original_u = u;
+  if (delta_weight.has_value()) delta = projected_delta(*delta_weight, delta, p, u, device.stream());
+  const ScalarType out_dtype = float_out ? ScalarType::Float : u.scalar_type();
+  const bool fast =
+      is_fast(u, delta, A, B, C, {&z}, {&addend}, {&A, initial_state.has_value() ? &*initial_state : &A}) &&
+      !(float_out && z.has_value());
+  if (fast) {
+    u = channel_rows(u), delta = channel_rows(delta), B = state_rows(B), C = state_rows(C);
+    to_channel_rows(z);
+    to_channel_rows(addend);
+  }
+  p = make_params(u, delta, A, B, C, D, z, delta_bias, std::nullopt, scale, delta_softplus, reverse, method);
+  p.addend = activation(addend, "addend", u);
   p.initial_state = float_data(initial_state);
-  p.chunk = tile::kSteps;
-  Tensor out = new_activation(u, float_out ? ScalarType::Float : u.scalar_type());
+  GpuScan scan = make_launch(p, fast, checkpoint_steps);
+  Tensor out = new_activation(u, out_dtype);
   Tensor last_state = new_floats(u, {p.batch, p.channels, p.states});
-  Tensor checkpoints = new_floats(u, {p.batch, save_checkpoints ? chunk_count(p) : 0, p.states, p.channels});
-  p.out = activation(out, "out", u);
-  p.last_state = float_data(last_state);
-  p.checkpoints = save_checkpoints ? float_data(checkpoints) : nullptr;
+  Tensor checkpoints = new_floats(u, {p.batch, scan.checkpoints, p.states, p.channels});
+  scan.p.out = p.out = activation(out, "out", u);
+  scan.p.last_state = float_data(last_state);
+  scan.p.checkpoints = checkpoint_steps > 0 ? float_data(checkpoints) : nullptr;
 
   // The launches for the first states leave their sums to the next one, which adds them as an addend. The last one
   // applies scale and gate.
@@ -119,9 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
     sum = new_activation(u, ScalarType::Float);
     sum_rows = activation(sum, "sum", u);
   }
-  GpuScan scan = make_launch(p);
-  const bool packed = all_packed(p, p.u, p.delta, p.z, p.addend, p.out, sum_rows);
-  const Segments segments(u, scan, packed, tile::kForwardBlocks);
+  const Segments segments(u, scan, fast);
   for (; scan.first_state < p.states; scan.first_state += tile::kStates) {
     const bool first = scan.first_state == 0, last = scan.first_state + tile::kStates >= p.states;
     scan.states = static_cast<int>(std::min<i64>(tile::kStates, p.states - scan.first_state));
@@ -130,45 +168,74 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
     scan.p.z = last ? p.z : Activation{};
     scan.p.scale = last ? p.scale : 1.0f;
     scan.p.out = last ? p.out : sum_rows;
-    segments.join(scan, nullptr, p.initial_state, device.stream());
-    check_launch((packed ? launch_scan_forward<true> : launch_scan_forward<false>)(scan, device.stream()));
+    if (!fast) {
+      check_launch(launch_general_forward(scan, device.stream()));
+      continue;
+    }
+    with_static_dtype(p.u.dtype, [&](auto dtype) {
+      const auto run = [&](Output kind, const SegmentSums& sums) {
+        check_launch(launch_scan_forward<dtype.value>(scan, kind, sums, device.stream()));
+      };
+      if (scan.segments > 1) {
+        run(Output::none, segments.sums());
+        check_launch(
+            launch_join_segments(scan, false, segments.sums(), p.initial_state, segments.states(), device.stream()));
+      }
+      run(scan.p.z.data == nullptr ? Output::plain : Output::gated, {});
+    });
   }
-  return {out, last_state, checkpoints};
+  return {like_memory_of(original_u, out), last_state, checkpoints};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
     Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
     OptionalTensor z, OptionalTensor delta_bias, OptionalTensor delta_weight, OptionalTensor dz_addend,
-    Tensor checkpoints, double scale, bool delta_softplus, bool reverse, std::string method, bool float_dz) {
+    Tensor checkpoints, double scale, bool delta_softplus, bool reverse, std::string method, bool float_dz,
+    i64 checkpoint_steps) {
   const DeviceOf device(u);
   A = contiguous_float(A, "A");
   D = contiguous_float(D, "D");
   delta_bias = contiguous_float(delta_bias, "delta_bias");
   delta_weight = contiguous_float(delta_weight, "delta_weight");
   dlast_state = contiguous_float(dlast_state, "dlast_state");
-
   ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method);
+  activation(dout, "dout", u);
+  activation(dz_addend, "dz_addend", u);
   STD_TORCH_CHECK(z.has_value() || !dz_addend.has_value(), "dz_addend without z");
-  p.chunk = tile::kSteps;
   check_shape(dlast_state, {p.batch, p.channels, p.states}, "dlast_state");
-  // empty where the forward ran with save_checkpoints=False
-  check_shape(checkpoints, {p.batch, chunk_count(p), p.states, p.channels}, "checkpoints");
-  p.checkpoints = float_data(checkpoints);
-  GpuScan scan = make_launch(p);
+  const Tensor original_u = u, original_delta = delta_weight.has_value() ? u : delta, original_B = B, original_C = C;
+  const OptionalTensor original_z = z;
+  const ScalarType ddelta_dtype = delta.scalar_type();
+  if (delta_weight.has_value()) delta = projected_delta(*delta_weight, delta, p, u, device.stream());
+  const OptionalTensor given_dout = dout;
+  const bool fast = is_fast(u, delta, A, B, C, {&z, &given_dout}, {&dz_addend},
+                            {&A, &checkpoints, dlast_state.has_value() ? &*dlast_state : &A}) &&
+                    ddelta_dtype == u.scalar_type();
+  if (fast) {
+    u = channel_rows(u), delta = channel_rows(delta), dout = channel_rows(dout), B = state_rows(B), C = state_rows(C);
+    to_channel_rows(z);
+    to_channel_rows(dz_addend);
+  }
+  p = make_params(u, delta, A, B, C, D, z, delta_bias, std::nullopt, scale, delta_softplus, reverse, method);
+  GpuScan scan = make_launch(p, fast, checkpoint_steps);
+  // empty where the forward ran with checkpoint_steps = 0
+  check_shape(checkpoints, {p.batch, scan.checkpoints, p.states, p.channels}, "checkpoints");
+  STD_TORCH_CHECK(checkpoint_steps > 0, "checkpoint_steps: got 0; expected what the forward pass was called with");
+  scan.p.checkpoints = float_data(checkpoints);
 
   const auto floats = [&](bool wanted, std::vector<i64> size) {
     return wanted ? new_floats(u, size) : new_floats(u, {0});
   };
   Tensor du = new_activation(u, u.scalar_type());
-  Tensor ddelta = new_activation(delta_weight.has_value() ? u : delta, delta.scalar_type());
+  Tensor ddelta = new_activation(fast ? u : original_delta, ddelta_dtype);
   Tensor dz = z.has_value() ? new_activation(*z, float_dz ? ScalarType::Float : z->scalar_type()) : new_floats(u, {0});
   Tensor dinitial_state = new_floats(u, {p.batch, p.channels, p.states});
-  const auto matrix = [&](const InputMatrix& m) {  // the states innermost in memory where the input has them so
-    if (m.constant) return new_floats(u, {p.batch, p.channels, p.states});
-    if (m.state != 1) return new_floats(u, {p.batch, p.groups, p.states, p.length});
+  const auto matrix = [&](const Tensor& m) {  // the states innermost in memory where the input has them so
+    if (m.dim() == 2) return new_floats(u, {p.batch, p.channels, p.states});
+    if (m.stride(m.dim() - 2) != 1) return new_floats(u, {p.batch, p.groups, p.states, p.length});
     return torch::stable::transpose(new_floats(u, {p.batch, p.groups, p.length, p.states}), 2, 3);
   };
-  Tensor dB = matrix(p.B), dC = matrix(p.C);
+  Tensor dB = matrix(original_B), dC = matrix(original_C);
   // Partial sums, to be added in order: of every batch element, and of every launch.
   const i64 launches = (p.states + tile::kStates - 1) / tile::kStates;
   const auto sum_for = [&](bool wanted) {
@@ -176,25 +243,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   };
   Tensor sum_du = sum_for(true), sum_ddelta = sum_for(true), sum_dz = sum_for(z.has_value());
   const auto sum_rows = [&](const Tensor& sum) { return sum.dim() == 3 ? activation(sum, "sum", u) : Activation{}; };
-  const Activation du_rows = activation(du, "du", u), ddelta_rows = activation(ddelta, "ddelta", u),
-                   dout_rows = activation(dout, "dout", u), addend_rows = activation(dz_addend, "dz_addend", u),
+  const Activation addend_rows = activation(dz_addend, "dz_addend", u),
                    dz_rows = z.has_value() ? activation(dz, "dz", u) : Activation{};
-  const bool packed =
-      all_packed(p, p.u, p.delta, p.z, dout_rows, du_rows, ddelta_rows, dz_rows, addend_rows, sum_rows(sum_du));
-  const Segments segments(u, scan, packed, tile::kBackwardBlocks);
+  const Segments segments(u, scan, fast);
   const i64 rows = p.batch * scan.segments;
   Tensor dA = new_floats(u, {rows, p.channels, p.states});
   Tensor dD = floats(D.has_value(), {rows, p.channels});
   Tensor ddelta_bias = floats(delta_bias.has_value(), {launches * rows, p.channels});
   const bool any_matrix = !p.B.constant || !p.C.constant;
   Tensor partial = floats(any_matrix, {p.batch, p.groups, scan.tiles, p.length, 2 * tile::kStates});
+  const i64 warps = p.batch * p.groups * scan.tiles * scan.segments * tile::kWarps;
+  constexpr i64 kWarpStates = tile::kWarpChannels * tile::kStates;
+  Tensor kept_states =
+      floats(fast && scan.checkpoint_shift > 0, {warps, (i64{1} << scan.checkpoint_shift) - 1, kWarpStates});
 
   GpuScanGradients out{};
   out.partial = any_matrix ? float_data(partial) : nullptr;
-  // The gradients are rounded to the dtype of B and C in the end: tf32 has four times the precision of bfloat16.
-  out.exact = p.B.dtype != Dtype::bf16 || p.C.dtype != Dtype::bf16;
+  out.kept_states = float_data(kept_states);
   ScanGradients& g = out.g;
-  g.dout = dout_rows;
+  g.dout = activation(dout, "dout", u);
   g.dlast_state = float_data(dlast_state);
   g.dinitial_state = float_data(dinitial_state);
   g.dA = float_data(dA);
@@ -208,8 +275,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     scan.first_state = static_cast<int>(index * tile::kStates);
     scan.states = static_cast<int>(std::min<i64>(tile::kStates, p.states - scan.first_state));
     scan.p.D = last ? p.D : nullptr;
-    g.du = last ? du_rows : sum_rows(sum_du);
-    g.ddelta = last ? ddelta_rows : sum_rows(sum_ddelta);
+    g.du = last ? activation(du, "du", u) : sum_rows(sum_du);
+    g.ddelta = last ? activation(ddelta, "ddelta", u) : sum_rows(sum_ddelta);
     g.dz = last ? dz_rows : sum_rows(sum_dz);
     g.dz_addend = first ? addend_rows : sum_rows(sum_dz);
     g.dD = last && D.has_value() ? float_data(dD) : nullptr;
@@ -218,34 +285,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       out.sum_du = sum_rows(sum_du);
       out.sum_ddelta = sum_rows(sum_ddelta);
     }
-    segments.join(scan, &g.dout, g.dlast_state, device.stream());
-    check_launch((packed ? launch_scan_backward<true> : launch_scan_backward<false>)(scan, out, device.stream()));
-    const auto sum_tiles = [&](const InputMatrix& m, const Tensor& total, int column) {
-      if (m.constant) return;
-      const TileSums sums{
-          out.partial,     p.batch,         p.groups,        scan.tiles,
-          p.length,        column,          scan.states,     float_data(total) + scan.first_state * total.stride(2),
-          total.stride(0), total.stride(1), total.stride(2), total.stride(3)};
-      check_launch(launch_sum_tiles(sums, device.stream()));
+    if (fast) {
+      with_static_dtype(p.u.dtype, [&](auto dtype) {
+        const auto run = [&](const SegmentSums* sums) {
+          check_launch(launch_scan_backward<dtype.value>(scan, out, sums, device.stream()));
+        };
+        if (scan.segments > 1) {
+          const SegmentSums sums = segments.sums();
+          run(&sums);
+          check_launch(launch_join_segments(scan, true, sums, g.dlast_state, segments.states(), device.stream()));
+        }
+        run(nullptr);
+      });
+    } else {
+      check_launch(launch_general_backward(scan, out, device.stream()));
+    }
+    if (!any_matrix) continue;
+    const auto target = [&](const InputMatrix& m, const Tensor& total) {
+      if (m.constant) return TileSums::Target{};
+      return TileSums::Target{float_data(total) + scan.first_state * total.stride(2), total.stride(0), total.stride(1),
+                              total.stride(2), total.stride(3)};
     };
-    sum_tiles(p.B, dB, 0);
-    sum_tiles(p.C, dC, tile::kStates);
+    const TileSums sums{out.partial, p.batch,     p.groups,        scan.tiles,
+                        p.length,    scan.states, target(p.B, dB), target(p.C, dC)};
+    check_launch(launch_sum_tiles(sums, device.stream()));
   }
 
-  const auto sum = [&](const Tensor& rows, std::vector<i64> size) {
+  // The rows live until they are summed: memory freed before could become a total.
+  RowSums sums[kMostRowSums];
+  int count = 0;
+  const auto sum = [&](bool wanted, const Tensor& rows, std::vector<i64> size) {
+    if (!wanted) return rows;
     Tensor total = new_floats(u, size);
-    check_launch(launch_sum_rows(float_data(rows), rows.size(0), total.numel(), total.numel(), float_data(total),
-                                 device.stream()));
+    if (total.numel() > 0)
+      sums[count++] = {float_data(rows), rows.size(0), total.numel(), total.numel(), float_data(total)};
     return total;
   };
-  return {du,
-          ddelta,
-          sum(dA, {p.channels, p.states}),
-          p.B.constant ? sum(dB, {p.channels, p.states}) : dB,
-          p.C.constant ? sum(dC, {p.channels, p.states}) : dC,
-          D.has_value() ? sum(dD, {p.channels}) : dD,
-          dz,
-          delta_bias.has_value() ? sum(ddelta_bias, {p.channels}) : ddelta_bias,
+  const Tensor total_dA = sum(true, dA, {p.channels, p.states});
+  const Tensor total_dB = sum(p.B.constant, dB, {p.channels, p.states});
+  const Tensor total_dC = sum(p.C.constant, dC, {p.channels, p.states});
+  const Tensor total_dD = sum(D.has_value(), dD, {p.channels});
+  const Tensor total_ddelta_bias = sum(delta_bias.has_value(), ddelta_bias, {p.channels});
+  if (count > 0) check_launch(launch_sum_rows(sums, count, device.stream()));
+  return {like_memory_of(original_u, du),
+          like_memory_of(original_delta, ddelta),
+          total_dA,
+          total_dB,
+          total_dC,
+          total_dD,
+          z.has_value() ? like_memory_of(*original_z, dz) : dz,
+          total_ddelta_bias,
           dinitial_state};
 }
 

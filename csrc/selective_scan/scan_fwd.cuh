@@ -1,10 +1,10 @@
-// The forward kernel of the scan. Chunk by chunk, a block
+// The forward kernel of the scan. Chunk by chunk, a warp
 //
-//     stages    u and Δ (softplus applied) as pairs of floats, B and C as floats, in shared memory,
-//     scans     the chunk's steps, each thread its eight states of one channel, and adds C·h over the states,
-//     finishes  each output once: addend, scale, gate; D u is where the sum over the states begins.
+//     stages    Δ (softplus applied), the weight of the input, D u + addend and the gate, B and C as floats,
+//     scans     the chunk's steps, each thread eight states of two channels, and adds C·h over the states.
 //
-// While it scans, the copies of the chunk's z and of the next chunk's inputs are under way.
+// While it scans a chunk it stages the next one, and the rows of the one after that are copied. The same walk without
+// outputs gives the sums of a segment.
 #pragma once
 
 #include <type_traits>
@@ -13,208 +13,261 @@
 
 namespace mamba_ssm {
 
+template <Dtype T>
+struct ForwardInputs {
+  Rows<T> u, delta, z;
+  Rows<Dtype::f32> addend;
+  RawMatrices<T> matrices;
+};
+template <Dtype T>
+struct ForwardWarp {
+  ForwardInputs<T> inputs[2];
+  // By slot: Δ; Δu, or u where the method's c is not Δ times a factor; what the output begins with, and what it is
+  // multiplied by in the end.
+  alignas(16) float4 step[2][tile::kSteps][kWarp];
+  alignas(16) MatrixRows matrices[2];
+  KeptStream u, delta, z, addend, out, B_and_C[2];
+};
+template <Dtype T>
 struct ForwardMemory {
-  Tile tile;
-  alignas(16) float2 step[tile::kSteps][tile::kChannels];  // Δ and u; once a step is done, its output instead of Δ
-  alignas(16) float B[tile::kSteps][tile::kStates];
-  alignas(16) float C[tile::kSteps][tile::kStates];
-  RawRows u, delta, z, addend;
-  RawMatrixRows raw_B, raw_C;
+  ForwardWarp<T> warps[tile::kWarps];
 };
 
-template <bool Packed>
-MAMBA_SSM_DEVICE void start_forward_inputs(const GpuScan& scan, const Tile& t, int index, int end,
-                                           DeltaProduct& product, ForwardMemory& memory) {
-  if constexpr (!Packed) return;
-  const ScanParams& p = scan.p;
-  if (index >= end) return;
-  const Chunk chunk = chunk_at(p, index);
-  switch (threadIdx.x / kWarp) {
-    case 0:
-      start_copy(p.u, t, chunk, memory.u);
-      break;
-    case 1:
-      start_copy(p.delta, t, chunk, memory.delta);
-      if (p.delta_weight != nullptr) product.start_rows(scan, t, chunk);
-      break;
-    case 2:
-      if (scan.aligned_B) start_copy(p.B, scan, t, chunk, memory.raw_B);
-      break;
-    default:
-      if (scan.aligned_C) start_copy(p.C, scan, t, chunk, memory.raw_C);
+template <Dtype T>
+MAMBA_SSM_DEVICE void make_streams(const GpuScan& scan, const WarpTile& t, const Lane& lane, ForwardWarp<T>& memory) {
+  if (lane.index == 0) {
+    const ScanParams& p = scan.p;
+    memory.u = make_stream(p, p.u, t);
+    memory.delta = make_stream(p, p.delta, t);
+    memory.z = make_stream(p, p.z, t);
+    memory.addend = make_stream(p, p.addend, t);
+    memory.out = make_stream(p, p.out, t);
+    memory.B_and_C[0] = make_stream(scan, p.B, t);
+    memory.B_and_C[1] = make_stream(scan, p.C, t);
   }
+  __syncwarp();
 }
 
-template <bool Packed>
-MAMBA_SSM_DEVICE void stage_forward(const GpuScan& scan, const Tile& t, const Chunk& chunk, DeltaProduct& product,
-                                    ForwardMemory& memory) {
-  const ScanParams& p = scan.p;
-  if (p.delta_weight != nullptr) {
-    product.stage_rows<Packed>(scan, t, chunk);
-    __syncthreads();
-  }
-  if constexpr (Packed) {
-    const int channel = threadIdx.x % kWarp * 2;
-    const float bias0 = load_parameter(p.delta_bias, t, channel), bias1 = load_parameter(p.delta_bias, t, channel + 1);
-    float2 products[tile::kSteps / tile::kWarps] = {};
-    if (p.delta_weight != nullptr) product.of_pairs(products);
-    with_dtype(p.u.dtype, [&](auto dtype) {
-      for_each_pair([&](int step, int c, int i) {
-        const int index = step * tile::kChannels + c;
-        const float2 u = load_pair<dtype.value>(memory.u.bytes, index);
-        const float2 delta =
-            p.delta_weight != nullptr ? products[i] : load_pair<dtype.value>(memory.delta.bytes, index);
-        const bool valid = step < chunk.steps;  // Δ = 0 leaves the state as it is
-        const float delta0 = valid ? step_size(p, delta.x, bias0) : 0.0f;
-        const float delta1 = valid ? step_size(p, delta.y, bias1) : 0.0f;
-        *reinterpret_cast<float4*>(&memory.step[step][c]) = {delta0, u.x, delta1, u.y};
-      });
-    });
-  } else {
-    for_each_element(p.u, [&](int step, int c) {
-      float2 pair = {0.0f, 0.0f};
-      if (step < chunk.steps && c < t.channels) {
-        const float delta =
-            p.delta_weight != nullptr ? product.of_element(step, c) : activation_at(p.delta, t, c, chunk.time(step));
-        pair = {step_size(p, delta, load_parameter(p.delta_bias, t, c)), activation_at(p.u, t, c, chunk.time(step))};
-      }
-      memory.step[step][c] = pair;
-    });
-  }
-  if (!p.B.constant) stage_matrix(p.B, Packed && scan.aligned_B, scan, t, chunk, memory.raw_B, memory.B);
-  if (!p.C.constant) stage_matrix(p.C, Packed && scan.aligned_C, scan, t, chunk, memory.raw_C, memory.C);
+template <Output Kind, Dtype T>
+MAMBA_SSM_DEVICE void start_inputs(const GpuScan& scan, const WarpTile& t, const Lane& lane, int chunk,
+                                   ForwardWarp<T>& memory) {
+  ForwardInputs<T>& inputs = memory.inputs[chunk % 2];
+  const int steps = chunk < t.end_chunk ? chunk_steps(scan.p, chunk) : 0;
+  const Stream u = memory.u, delta = memory.delta, z = memory.z, addend = memory.addend;
+  const Stream matrix = memory.B_and_C[lane.index / 2 % 2];
+  start_copy(u, t.channels, lane, chunk, steps, inputs.u);
+  start_copy(delta, t.channels, lane, chunk, steps, inputs.delta);
+  start_copy(scan, matrix, lane, chunk, steps, inputs.matrices);
+  if constexpr (Kind == Output::gated) start_copy(z, t.channels, lane, chunk, steps, inputs.z);
+  if constexpr (Kind != Output::none) start_copy(addend, t.channels, lane, chunk, steps, inputs.addend);
 }
 
-MAMBA_SSM_DEVICE float forward_output(const ScanParams& p, float y, float addend, float z) {
-  const float sum = (y + addend) * p.scale;
-  return p.z.data == nullptr ? sum : sum * (z * sigmoid(z));
-}
+// What belongs to a pair of channels.
+struct PairParameters {
+  float2 bias, D;
+};
 
-template <bool Packed>
-MAMBA_SSM_DEVICE void finish_forward(const GpuScan& scan, const Tile& t, const Chunk& chunk,
-                                     const ForwardMemory& memory) {
-  const ScanParams& p = scan.p;
-  if constexpr (Packed) {
-    with_dtype(p.u.dtype, [&](auto dtype) {
-      for_each_pair([&](int step, int c, int) {
-        if (step >= chunk.steps || c >= t.channels) return;
-        const float4 y = *reinterpret_cast<const float4*>(&memory.step[step][c]);
-        const float2 addend = raw_pair<dtype.value>(p.addend, memory.addend, step, c);
-        const float2 z = raw_pair<dtype.value>(p.z, memory.z, step, c);
-        set_pair<dtype.value>(p.out, t, c, chunk.time(step),
-                              {forward_output(p, y.x, addend.x, z.x), forward_output(p, y.z, addend.y, z.y)});
-      });
-    });
-  } else {
-    for_each_element(p.u, [&](int step, int c) {
-      if (step >= chunk.steps || c >= t.channels) return;
-      const std::int64_t time = chunk.time(step);
-      const float y = memory.step[step][c].x, addend = activation_at(p.addend, t, c, time);
-      set_activation(p.out, t, c, time, forward_output(p, y, addend, activation_at(p.z, t, c, time)));
-    });
+// A pair of channels at one step, see ForwardWarp::step.
+struct StagedPair {
+  float4 first, second;
+};
+template <Output Kind, bool InputIsDelta, Dtype T>
+MAMBA_SSM_DEVICE StagedPair stage_pair(const ScanParams& p, const ForwardInputs<T>& inputs, int step, int pair,
+                                       int steps, const PairParameters& parameters, float2& total) {
+  const float2 x = inputs.delta.pair(step, pair), u = inputs.u.pair(step, pair);
+  const bool valid = step < steps;  // Δ = 0 leaves the state as it is
+  const float2 raw = {x.x + parameters.bias.x, x.y + parameters.bias.y};
+  const float2 smooth = {softplus(raw.x).value, softplus(raw.y).value};
+  float2 d = {p.delta_softplus ? smooth.x : raw.x, p.delta_softplus ? smooth.y : raw.y};
+  d = {valid ? d.x : 0.0f, valid ? d.y : 0.0f};
+  if constexpr (Kind == Output::none) total = {total.x + d.x, total.y + d.y};
+  float2 sum = {0.0f, 0.0f}, gate = {p.scale, p.scale};
+  if constexpr (Kind != Output::none) {
+    sum = inputs.addend.pair(step, pair);
+    sum = {sum.x + parameters.D.x * u.x, sum.y + parameters.D.y * u.y};
   }
+  if constexpr (Kind == Output::gated) {
+    const float2 z = inputs.z.pair(step, pair);
+    const float2 s = {sigmoid(z.x), sigmoid(z.y)};
+    gate = {p.scale * z.x * s.x, p.scale * z.y * s.y};
+  }
+  return {{d.x, InputIsDelta ? d.x * u.x : u.x, sum.x, gate.x}, {d.y, InputIsDelta ? d.y * u.y : u.y, sum.y, gate.y}};
 }
 
-// The whole walk of one block, under one form of the method.
-template <class Method, bool Packed>
-MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const Tile& t, const Thread& thread,
-                                const float (&A)[tile::kThreadStates], ForwardMemory& memory) {
-  constexpr int kStates = tile::kThreadStates;
-  const ScanParams& p = scan.p;
-  decltype(Method::prepare(Real(0.0f))) k[kStates];
-  float h[kStates], constant_B[kStates], constant_C[kStates];
+// One step of a channel's states: h = Ā h + c B u, and the sum C·h.
+template <class Method, Output Kind, class Coefficients>
+MAMBA_SSM_DEVICE float scan_step(float delta, float input, const Coefficients (&k)[tile::kThreadStates],
+                                 const float (&B)[tile::kThreadStates], const float (&C)[tile::kThreadStates],
+                                 float (&h)[tile::kThreadStates], float (&decay)[tile::kThreadStates]) {
+  float y = 0.0f;
 #pragma unroll
-  for (int j = 0; j < kStates; ++j) k[j] = Method::prepare(Real(A[j]));
-  const bool later = t.segment > 0;
-  load_states(scan, t, thread, later ? scan.segment_states : p.initial_state, later ? segment_row(scan, t) : t.batch,
-              0.0f, h);
-  if constexpr (!Packed) {
-    load_constant(p.B, scan, t, thread, constant_B);
-    load_constant(p.C, scan, t, thread, constant_C);
+  for (int j = 0; j < tile::kThreadStates; ++j) {
+    const Transition<Real> transition = Method::forward(Real(delta), k[j]);
+    const float weight = Method::kInputIsDelta ? input : (transition.c * Real(input)).value;
+    h[j] = transition.a_bar.value * h[j] + weight * B[j];
+    if constexpr (Kind != Output::none) {
+      y += C[j] * h[j];
+    } else if constexpr (!Method::kSlopeIsABar) {
+      decay[j] *= transition.a_bar.value;
+    }
   }
-  const float D = thread.half == 0 ? load_parameter(p.D, t, thread.channel) : 0.0f;
+  return y;
+}
 
-  DeltaProduct product(scan, &memory + 1);
-  if (p.delta_weight != nullptr) product.stage_weight(p, t);
-  start_forward_inputs<Packed>(scan, t, t.first_chunk, t.end_chunk, product, memory);
-  for (int index = t.first_chunk; index < t.end_chunk; ++index) {
-    const Chunk chunk = chunk_at(p, index);
-    wait_for_copies();
-    __syncthreads();
-    stage_forward<Packed>(scan, t, chunk, product, memory);
-    if (p.checkpoints != nullptr) {
-      const int count = thread_states(scan, t, thread);
+// The whole walk of one warp, under one form of the method. Without output: the states and the decay of a segment.
+template <class Method, Dtype T, Output Kind>
+MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, const WarpTile& t, const Lane& lane,
+                                const States& A, ForwardWarp<T>& memory) {
+  constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots, kSteps = tile::kSteps;
+  constexpr bool kOutput = Kind != Output::none;
+  const ScanParams& p = scan.p;
+  decltype(Method::prepare(Real(0.0f))) k[kSlots][kStates];
+  States h, decay;
 #pragma unroll
-      for (int j = 0; j < kStates; ++j) {
-        if (j < count) checkpoint(scan, t, index, thread.first_state + j)[thread.channel] = h[j];
-      }
+  for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+    for (int j = 0; j < kStates; ++j) {
+      k[s][j] = Method::prepare(Real(A[s][j]));
+      decay[s][j] = 1.0f;
     }
-    __syncthreads();
-    if constexpr (Packed) {
-      if (threadIdx.x / kWarp == 2) start_copy(p.z, t, chunk, memory.z);
-      if (threadIdx.x / kWarp == 3) start_copy(p.addend, t, chunk, memory.addend);
-    }
-    start_forward_inputs<Packed>(scan, t, index + 1, t.end_chunk, product, memory);
+  }
+  if (!kOutput) {
+    load_states(scan, t, lane, nullptr, 0, 0.0f, h);
+  } else if (t.segment > 0) {
+    load_states(scan, t, lane, scan.segment_states, segment_row(scan, t), 0.0f, h);
+  } else {
+    load_states(scan, t, lane, p.initial_state, t.batch, 0.0f, h);
+  }
+  const int c = 2 * lane.pair;
+  const PairParameters parameters = {{load_parameter(p.delta_bias, t, c), load_parameter(p.delta_bias, t, c + 1)},
+                                     {load_parameter(p.D, t, c), load_parameter(p.D, t, c + 1)}};
+  float2 total = {0.0f, 0.0f};  // of Δ
 
+  make_streams(scan, t, lane, memory);
+  start_inputs<Kind>(scan, t, lane, t.first_chunk, memory);
+  wait_for_copies();
+  __syncwarp();
+  start_inputs<Kind>(scan, t, lane, t.first_chunk + 1, memory);
+  // Steps of a chunk staged at one time: what is stored to shared memory parts the instructions before from those
+  // behind.
+  constexpr int kStaged = 4;
+  const auto stage = [&](int chunk, int step) {
+    const int steps = chunk < t.end_chunk ? chunk_steps(p, chunk) : 0;
+    return stage_pair<Kind, Method::kInputIsDelta>(p, memory.inputs[chunk % 2], step + lane.half, lane.pair, steps,
+                                                   parameters, total);
+  };
+  const auto keep = [&](int chunk, int first, const StagedPair(&staged)[kStaged / 2]) {
+#pragma unroll
+    for (int i = 0; i < kStaged / 2; ++i) {
+      float4* target = memory.step[chunk % 2][first + 2 * i + lane.half] + lane.pair;
+      target[0] = staged[i].first;
+      target[16] = staged[i].second;
+    }
+  };
+#pragma unroll
+  for (int first = 0; first < kSteps; first += kStaged) {
+    const StagedPair staged[kStaged / 2] = {stage(t.first_chunk, first), stage(t.first_chunk, first + 2)};
+    keep(t.first_chunk, first, staged);
+  }
+  float part[8];
+  read_part(lane, memory.inputs[t.first_chunk % 2].matrices, part);
+  keep_part(lane, part, memory.matrices[t.first_chunk % 2]);
 #pragma unroll 1
-    for (int step = 0; step < chunk.steps; step += 2) {  // an odd last step is followed by one with Δ = 0
-      float y[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 in = memory.step[step + i][thread.channel];
-        const Real delta = in.x, u = in.y;
-        float B[kStates], C[kStates], sum = D * in.y;
-        read_states(memory.B[step + i], thread.first_state, B);
-        read_states(memory.C[step + i], thread.first_state, C);
-#pragma unroll
-        for (int j = 0; j < kStates; ++j) {
-          const float b = !Packed && p.B.constant ? constant_B[j] : B[j];
-          const float c = !Packed && p.C.constant ? constant_C[j] : C[j];
-          const Transition<Real> transition = Method::forward(delta, k[j]);
-          h[j] = transition.a_bar.value * h[j] + (transition.c * u).value * b;
-          sum += c * h[j];
-        }
-        y[i] = sum;
-      }
-      const float own = pair_sum(y[0], y[1], thread.half);
-      __syncwarp();  // the other thread of the channel has read Δ
-      memory.step[step + thread.half][thread.channel].x = own;
-    }
+  for (int chunk = t.first_chunk; chunk < t.end_chunk; ++chunk) {
+    const int now = chunk % 2, next = 1 - now, steps = chunk_steps(p, chunk);
     wait_for_copies();
-    __syncthreads();
-    finish_forward<Packed>(scan, t, chunk, memory);
+    __syncwarp();
+    if (kOutput && p.checkpoints != nullptr && is_checkpoint(scan, chunk)) {
+      store_states(scan, t, lane, p.checkpoints, checkpoint_row(scan, t, chunk), h);
+    }
+    const Stream out = memory.out;
+    char* elements = out.row(chunk * kSteps) + lane.channel(0) * out.size;
+    const int written = lane.channel(0) < t.channels ? steps : 0;
+    const int written_in_T = out.size == kSize<T> ? written : 0, written_in_float32 = written - written_in_T;
+#pragma unroll
+    for (int first = 0; first < kSteps; first += kStaged) {
+      StagedPair staged[kStaged / 2];
+      if (first == 0) read_part(lane, memory.inputs[next].matrices, part);
+#pragma unroll
+      for (int step = first; step < first + kStaged; ++step) {
+        const float4 own = memory.step[now][step][lane.index];
+        const float2 partner = *reinterpret_cast<const float2*>(&memory.step[now][step][lane.partner()]);
+        const float* row = memory.matrices[now][step] + lane.first_state();
+        float B[kStates], C[kStates];
+        read_row(row, B);
+        if constexpr (kOutput) read_row(row + tile::kStates, C);
+        const float y = scan_step<Method, Kind>(own.x, own.y, k[0], B, C, h[0], decay[0]);
+        const float partner_y = scan_step<Method, Kind>(partner.x, partner.y, k[1], B, C, h[1], decay[1]);
+        if constexpr (kOutput) {
+          const float result = (y + shuffle_xor(partner_y, 16) + own.z) * own.w;
+          char* element = advance(elements, step, out.row_bytes);
+          store_element_below<T>(step, written_in_T, element, result);
+          if constexpr (Kind == Output::plain && T != Dtype::f32) {
+            store_element_below<Dtype::f32>(step, written_in_float32, element, result);
+          }
+        }
+        if ((step - first) % 2 == 1) staged[(step - first) / 2] = stage(chunk + 1, step - 1);
+      }
+      keep(chunk + 1, first, staged);
+      if (first == 0) {
+        keep_part(lane, part, memory.matrices[next]);
+        start_inputs<Kind>(scan, t, lane, chunk + 2, memory);
+      }
+    }
   }
-  if (t.segment == scan.segments - 1) store_states(scan, t, thread, p.last_state, t.batch, h);
+  if constexpr (!kOutput) {
+    if constexpr (Method::kSlopeIsABar) {
+      total = {total.x + shuffle_xor(total.x, 16), total.y + shuffle_xor(total.y, 16)};
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+        const float x = (lane.half ^ s) == 0 ? total.x : total.y;
+#pragma unroll
+        for (int j = 0; j < kStates; ++j) decay[s][j] = Method::forward(Real(x), k[s][j]).a_bar.value;
+      }
+    }
+    store_states(scan, t, lane, sums.decay, segment_row(scan, t), decay);
+    store_states(scan, t, lane, sums.local, segment_row(scan, t), h);
+  } else if (t.segment == scan.segments - 1) {
+    store_states(scan, t, lane, p.last_state, t.batch, h);
+  }
 }
 
-template <class Method, bool Packed>
-__global__ void __launch_bounds__(tile::kThreads, Packed ? tile::kForwardBlocks : 1)
-    scan_forward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuScan scan) {
-  ForwardMemory& memory = shared_memory<ForwardMemory>();
-  if (threadIdx.x == 0) memory.tile = this_tile(scan, blockIdx.y);
-  __syncthreads();
-  const Tile& t = memory.tile;
-  const Thread thread = this_thread();
-  float A[tile::kThreadStates];
-  load_states(scan, t, thread, scan.p.A, 0, -1.0f, A);
+template <class Method, Dtype T, Output Kind>
+MAMBA_SSM_DEVICE void scan_forward(const GpuScan& scan, const SegmentSums& sums) {
+  ForwardWarp<T>& memory = shared_memory<ForwardMemory<T>>().warps[threadIdx.x / kWarp];
+  const WarpTile t = this_tile(scan, blockIdx.y);
+  if (t.channels == 0) return;
+  const Lane lane;
+  States A;
+  load_states(scan, t, lane, scan.p.A, 0, -1.0f, A);
   if constexpr (!std::is_same_v<Method, ForAnyA<Method>>) {
-    if (block_all(all_at_least(A, Method::kSmallestA))) {
-      scan_tile<Method, Packed>(scan, t, thread, A, memory);
+    if (all_at_least(A, Method::kSmallestA)) {
+      scan_tile<Method, T, Kind>(scan, sums, t, lane, A, memory);
       return;
     }
   }
-  scan_tile<ForAnyA<Method>, Packed>(scan, t, thread, A, memory);
+  scan_tile<ForAnyA<Method>, T, Kind>(scan, sums, t, lane, A, memory);
 }
 
-template <bool Packed>
-const char* launch_scan_forward(const GpuScan& scan, void* stream) {
-  using Kernel = void (*)(GpuScan);
-#define MAMBA_SSM_KERNEL(Method) scan_forward_kernel<FormFor<Method, Packed>, Packed>,
-  static constexpr Kernel kKernels[] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_KERNEL)};
-#undef MAMBA_SSM_KERNEL
+template <class Method, Dtype T, Output Kind>
+__global__ void __launch_bounds__(tile::kThreads, tile::kForwardBlocks)
+    scan_forward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuScan scan, MAMBA_SSM_CONSTANT_PARAMETER SegmentSums sums) {
+  scan_forward<Method, T, Kind>(scan, sums);
+}
+
+template <Dtype T>
+const char* launch_scan_forward(const GpuScan& scan, Output kind, const SegmentSums& sums, void* stream) {
+  using Kernel = void (*)(GpuScan, SegmentSums);
+#define MAMBA_SSM_KERNELS(Method)                                                                        \
+  {scan_forward_kernel<ForAnyA<Method>, T, Output::none>, scan_forward_kernel<Method, T, Output::plain>, \
+   scan_forward_kernel<Method, T, Output::gated>},
+  static constexpr Kernel kKernels[][3] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_KERNELS)};
+#undef MAMBA_SSM_KERNELS
   const ScanParams& p = scan.p;
-  return launch<GpuScan>(kKernels[p.method], p.batch * p.groups * scan.tiles, scan.segments, tile::kThreads,
-                         sizeof(ForwardMemory) + DeltaProduct::bytes(p.rank), stream, scan);
+  return launch<GpuScan, SegmentSums>(kKernels[p.method][static_cast<int>(kind)],
+                                      static_cast<unsigned>(p.batch * p.groups * scan.tiles),
+                                      kind == Output::none ? scan.segments - 1 : scan.segments, tile::kThreads,
+                                      sizeof(ForwardMemory<T>), stream, scan, sums);
 }
 
 }  // namespace mamba_ssm

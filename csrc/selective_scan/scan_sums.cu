@@ -5,29 +5,30 @@
 namespace mamba_ssm {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128, kRow = 2 * tile::kStates;
 
-// Thread i of the launch: a state of a position, the states innermost.
+// Thread i of the launch: dB or dC of a state at a position, the states innermost.
 __global__ void __launch_bounds__(kThreads) sum_tiles_kernel(MAMBA_SSM_CONSTANT_PARAMETER TileSums s) {
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const std::int64_t state = index % tile::kStates, row = index / tile::kStates;
-  const std::int64_t time = row % s.length, group = row / s.length % s.groups, batch = row / s.length / s.groups;
-  if (batch >= s.batch || state >= s.states) return;
-  const std::int64_t tile_size = s.length * 2 * tile::kStates;
-  const float* part =
-      s.partial + (batch * s.groups + group) * s.tiles * tile_size + time * 2 * tile::kStates + s.first + state;
+  const std::int64_t row = index / kRow, time = row % s.length, group = row / s.length % s.groups;
+  const std::int64_t batch = row / s.length / s.groups;
+  const int column = static_cast<int>(index % kRow), state = column % tile::kStates;
+  const TileSums::Target& target = column < tile::kStates ? s.B : s.C;
+  if (batch >= s.batch || state >= s.states || target.data == nullptr) return;
+  const std::int64_t tile_size = s.length * kRow;
+  const float* part = s.partial + (batch * s.groups + group) * s.tiles * tile_size + time * kRow + column;
   float sum = 0.0f;
+#pragma unroll 4
   for (std::int64_t i = 0; i < s.tiles; ++i) sum += part[i * tile_size];
-  s.out[batch * s.out_batch + group * s.out_group + state * s.out_state + time * s.out_time] = sum;
+  target.data[batch * target.batch + group * target.group + state * target.state + time * target.time] = sum;
 }
-
-unsigned blocks(std::int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
 }  // namespace
 
 const char* launch_sum_tiles(const TileSums& sums, void* stream) {
-  return launch<TileSums>(sum_tiles_kernel, blocks(sums.batch * sums.groups * sums.length * tile::kStates), 1, kThreads,
-                          0, stream, sums);
+  const std::int64_t threads = sums.batch * sums.groups * sums.length * kRow;
+  return launch<TileSums>(sum_tiles_kernel, static_cast<unsigned>((threads + kThreads - 1) / kThreads), 1, kThreads, 0,
+                          stream, sums);
 }
 
 }  // namespace mamba_ssm

@@ -31,7 +31,7 @@ from mamba_ssm._backend import use_kernel
 from mamba_ssm.ops.selective_scan import (
     ScanArgs,
     bidirectional_scan_fn,
-    needs_gradient,
+    checkpoint_steps,
     scan_gradients,
     selective_scan_fn,
     selective_scan_ref,
@@ -81,7 +81,8 @@ def mixer_scan(
         parameters = [t for direction in directions for t in direction]
     reversed_ = tuple(reverse for d, reverse in ((forward, False), (backward, True)) if d is not None)
     options = (reversed_, scale, delta_softplus, discretization_method)
-    return _MixerScan.apply(needs_gradient((x, z, *parameters)), options, x, z, *parameters)
+    steps = checkpoint_steps((x, z, *parameters), directions[0].A, lean_length=x.shape[-1])
+    return _MixerScan.apply(steps, options, x, z, *parameters)
 
 
 def _mixer_scan_ref(
@@ -108,7 +109,7 @@ class _MixerScan(torch.autograd.Function):
     scans' states every few steps."""
 
     @staticmethod
-    def forward(ctx, save_checkpoints, options, x, z, *parameters):
+    def forward(ctx, steps, options, x, z, *parameters):
         reversed_, scale, delta_softplus, method = options
         directions = _directions(parameters)
         out, kept = None, []
@@ -122,11 +123,11 @@ class _MixerScan(torch.autograd.Function):
             check_scan_arguments(u, u, A, B, C, D, z, dt_bias, None, method)
             out, _, checkpoints = torch.ops.mamba_ssm.selective_scan_fwd(
                 u, dt, A, B, C, D, z if last else None, dt_bias, dt_weight, None, out,
-                scale if last else 1.0, delta_softplus, reverse, method, not last, save_checkpoints,
+                scale if last else 1.0, delta_softplus, reverse, method, not last, steps,
             )  # fmt: skip
             kept += [projected, checkpoints]
         ctx.save_for_backward(x, z, *parameters, *kept)
-        ctx.options, ctx.count = options, len(parameters)
+        ctx.options, ctx.count, ctx.steps = options, len(parameters), steps
         return out
 
     @staticmethod
@@ -150,7 +151,7 @@ class _MixerScan(torch.autograd.Function):
             dt, B, C = _split(projected, dt_weight, A)
             (du, ddelta, dA, dB, dC, dD, dz, ddt_bias), _ = scan_gradients(
                 dout, None, u, dt, A, B, C, D, z, dt_bias, dt_weight, dz, checkpoints,
-                scale, delta_softplus, reverse, method, not last,
+                scale, delta_softplus, reverse, method, not last, ctx.steps,
             )  # fmt: skip
             ddelta = _rows(ddelta)
             ddt_weight = (_rows(dt).t() @ ddelta).t().to(dt_weight.dtype)  # this way round it is faster

@@ -28,10 +28,11 @@ _TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Ten
 # (channels, rank) float32: Δ before the bias is delta_weight · delta, and delta is (batch, rank, length)
 _TENSORS += "Tensor? delta_weight, "
 _OPTIONS = "float scale, bool delta_softplus, bool reverse, str discretization_method"
-# out, last state (batch, channels, states), and the states before each chunk of steps, which only the backward reads
+# out, last state (batch, channels, states), and the states before every `checkpoint_steps` steps, which only the
+# backward reads; none with checkpoint_steps = 0
 torch.library.define(
     "mamba_ssm::selective_scan_fwd",
-    f"({_TENSORS} Tensor? initial_state, Tensor? addend, {_OPTIONS}, bool float_out, bool save_checkpoints) "
+    f"({_TENSORS} Tensor? initial_state, Tensor? addend, {_OPTIONS}, bool float_out, int checkpoint_steps) "
     "-> (Tensor out, Tensor last_state, Tensor checkpoints)",
 )
 # The gradients without addend, whose share of dz comes from the scan that made it, through dz_addend: it is added to
@@ -41,7 +42,7 @@ torch.library.define(
 torch.library.define(
     "mamba_ssm::selective_scan_bwd",
     f"(Tensor dout, Tensor? dlast_state, {_TENSORS} Tensor? dz_addend, Tensor checkpoints, {_OPTIONS}, "
-    "bool float_dz) "
+    "bool float_dz, int checkpoint_steps) "
     "-> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, "
     "Tensor dinitial_state)",
 )
@@ -132,7 +133,7 @@ def bidirectional_scan_fn(
         places.append(place)
         if place == len(distinct):
             distinct.append(tensor)
-    options = (scale, delta_softplus, discretization_method, needs_gradient(distinct))
+    options = (scale, delta_softplus, discretization_method, checkpoint_steps(distinct, forward.A))
     return _BidirectionalScan.apply(options, tuple(places), *distinct)
 
 
@@ -159,7 +160,7 @@ def _scan(
     u, delta, A, B, C, D, delta_bias = _with_equal_groups(args)
     inputs = (u, delta, A, B, C, D, z, delta_bias, None, initial_state, None)
     out, last_state, _ = torch.ops.mamba_ssm.selective_scan_fwd(
-        *inputs, 1.0, delta_softplus, reverse, discretization_method, False, needs_gradient(inputs)
+        *inputs, 1.0, delta_softplus, reverse, discretization_method, False, checkpoint_steps(inputs, A)
     )
     return out, last_state
 
@@ -167,6 +168,19 @@ def _scan(
 def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
     """Whether autograd will ask for a gradient of any of them."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def checkpoint_steps(tensors: Iterable[Tensor | None], A: Tensor, lean_length: int | None = None) -> int:
+    """Steps from one checkpoint of the state to the next, 0 where autograd will ask for no gradient of the tensors.
+
+    On a GPU, 8 make the backward pass fastest. Where memory counts more, for sequences of `lean_length` steps, there
+    are 64, or as good as no checkpoints in a short sequence: what lies between is made again in scratch memory. On a
+    CPU they are at least N, so that the checkpoints are no larger than the activations."""
+    if not needs_gradient(tensors):
+        return 0
+    if A.device.type == "cuda":
+        return 8 if lean_length is None else 256 if lean_length <= 256 else 64
+    return min(max(1 << (A.shape[1] - 1).bit_length(), 32), 256)
 
 
 def _with_equal_groups(args: ScanArgs) -> ScanArgs:
@@ -199,30 +213,25 @@ def _empty_like_activation(like: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_empty(batch, channels, length, dtype=dtype)
 
 
-def _checkpoint_interval(states: int, device_type: str) -> int:
-    """Steps between checkpoints of the state, as the kernels of that device have it."""
-    return 16 if device_type == "cuda" else min(max((states + 15) // 16 * 16, 32), 256)
-
-
 @torch.library.register_fake("mamba_ssm::selective_scan_fwd")
 def _(
     u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, addend,
-    scale, delta_softplus, reverse, method, float_out, save,
+    scale, delta_softplus, reverse, method, float_out, checkpoint_steps,
 ):  # fmt: skip
     batch, channels, length = u.shape
     states = A.shape[1]
-    chunks = -(-length // _checkpoint_interval(states, u.device.type)) if save else 0
+    checkpoints = -(-length // checkpoint_steps) if checkpoint_steps else 0
     return (
         _empty_like_activation(u, torch.float32 if float_out else u.dtype),
         u.new_empty(batch, channels, states, dtype=torch.float32),
-        u.new_empty(batch, chunks, states, channels, dtype=torch.float32),
+        u.new_empty(batch, checkpoints, states, channels, dtype=torch.float32),
     )
 
 
 @torch.library.register_fake("mamba_ssm::selective_scan_bwd")
 def _(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_weight, dz_addend, checkpoints,
-    scale, delta_softplus, reverse, method, float_dz,
+    scale, delta_softplus, reverse, method, float_dz, checkpoint_steps,
 ):  # fmt: skip
     batch, channels, length = u.shape
     states = A.shape[1]
@@ -252,7 +261,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, initial_state, addend, scale, delta_softplus, reverse, method, _, _ = inputs
+    *tensors, initial_state, addend, scale, delta_softplus, reverse, method, _, steps = inputs
     if tensors[8] is not None or addend is not None:
         raise NotImplementedError(
             "mamba_ssm::selective_scan_fwd has no derivative of its own where delta_weight or addend is given: "
@@ -260,7 +269,7 @@ def _setup_context(ctx, inputs, output):
         )
     ctx.save_for_backward(*tensors, output[2])
     ctx.has_initial_state = initial_state is not None
-    ctx.options = (scale, delta_softplus, reverse, method)
+    ctx.options, ctx.checkpoint_steps = (scale, delta_softplus, reverse, method), steps
     ctx.set_materialize_grads(False)
 
 
@@ -268,7 +277,9 @@ def _backward(ctx, dout, dlast_state, dcheckpoints):
     *tensors, checkpoints = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(tensors[0])
-    gradients, dinitial_state = scan_gradients(dout, dlast_state, *tensors, None, checkpoints, *ctx.options, False)
+    gradients, dinitial_state = scan_gradients(
+        dout, dlast_state, *tensors, None, checkpoints, *ctx.options, False, ctx.checkpoint_steps
+    )
     return *gradients, None, dinitial_state if ctx.has_initial_state else None, *[None] * 7
 
 
@@ -282,7 +293,7 @@ refuse_second_derivative("mamba_ssm::selective_scan_bwd")
 @register_flop_formula(torch.ops.mamba_ssm.selective_scan_fwd)
 def selective_scan_flops(
     u, delta, A, B, C, D, z, delta_bias, delta_weight, initial_state, addend,
-    scale, delta_softplus, reverse, method, float_out, save, *, out_shape=None,
+    scale, delta_softplus, reverse, method, float_out, checkpoint_steps, *, out_shape=None,
 ) -> int:  # fmt: skip
     """Operations of `selective_scan_fwd` from the shapes of its tensors; a multiply-add is two, an exp one.
 
@@ -303,7 +314,7 @@ def selective_scan_flops(
 @register_flop_formula(torch.ops.mamba_ssm.selective_scan_bwd)
 def selective_scan_backward_flops(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_weight, dz_addend, checkpoints,
-    scale, delta_softplus, reverse, method, float_dz, *, out_shape=None,
+    scale, delta_softplus, reverse, method, float_dz, checkpoint_steps, *, out_shape=None,
 ) -> int:  # fmt: skip
     """Operations of `selective_scan_bwd`, what it computes again included, in the units of `selective_scan_flops`.
 
@@ -353,17 +364,17 @@ class _BidirectionalScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, places, *distinct):
-        scale, delta_softplus, method, save_checkpoints = options
+        scale, delta_softplus, method, steps = options
         *tensors, z = [distinct[i] for i in places]
         along, against = ScanArgs(*tensors[:7]), ScanArgs(*tensors[7:])
         scan = torch.ops.mamba_ssm.selective_scan_fwd
         y, _, along_checkpoints = scan(
             *along[:6], None, along.delta_bias, None, None, None,
-            1.0, delta_softplus, False, method, True, save_checkpoints,
+            1.0, delta_softplus, False, method, True, steps,
         )  # fmt: skip
         out, _, against_checkpoints = scan(
             *against[:6], z, against.delta_bias, None, None, y,
-            scale, delta_softplus, True, method, False, save_checkpoints,
+            scale, delta_softplus, True, method, False, steps,
         )  # fmt: skip
         ctx.save_for_backward(*distinct, along_checkpoints, against_checkpoints)
         ctx.options, ctx.places = options, places
@@ -372,7 +383,7 @@ class _BidirectionalScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        scale, delta_softplus, method, _ = ctx.options
+        scale, delta_softplus, method, steps = ctx.options
         *distinct, along_checkpoints, against_checkpoints = ctx.saved_tensors
         *tensors, z = [distinct[i] for i in ctx.places]
         gradients, dz = [], None
@@ -382,7 +393,7 @@ class _BidirectionalScan(torch.autograd.Function):
         ):
             (*of_args, dz, ddelta_bias), _ = scan_gradients(
                 dout, None, *args[:6], z, args.delta_bias, None, dz, checkpoints,
-                scale, delta_softplus, reverse, method, not reverse,
+                scale, delta_softplus, reverse, method, not reverse, steps,
             )  # fmt: skip
             gradients += [*of_args, ddelta_bias]
         totals: list[Tensor | None] = [None] * len(distinct)

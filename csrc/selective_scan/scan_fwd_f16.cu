@@ -1,0 +1,7 @@
+#include "scan_fwd.cuh"
+
+namespace mamba_ssm {
+
+template const char* launch_scan_forward<Dtype::f16>(const GpuScan&, Output, const SegmentSums&, void*);
+
+}  // namespace mamba_ssm
