@@ -46,7 +46,7 @@ CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 
 def sources(*patterns: str) -> list[str]:
-    folders = ("common", "selective_scan", "causal_conv1d", "layer_norm")
+    folders = ("common", "selective_scan", "causal_conv1d", "layer_norm", "mixer")
     found = (path for folder in folders for pattern in patterns for path in (ROOT / "csrc" / folder).glob(pattern))
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
@@ -136,6 +136,8 @@ class BuildLibraries(build_ext):
         def compile_source(source: str) -> str:
             output = Path(self.build_temp, source).with_suffix(".o")
             headers = [*ROOT.glob("csrc/common/*.h"), *(ROOT / source).parent.glob("*.*h")]
+            if "mixer" in source:  # which is made of the others
+                headers += ROOT.glob("csrc/*/*.h")
             inputs = [ROOT / source, ROOT / "setup.py", *headers]
             if output.exists() and output.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
                 return str(output)

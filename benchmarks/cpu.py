@@ -354,7 +354,7 @@ VIM, DEIT, PRODUCTS = "vim_tiny", "deit_tiny_patch16_224", "vim_tiny, matrix pro
 
 
 class RecordLinear(TorchFunctionMode):
-    """Remembers the arguments of every F.linear: (shape and strides of x, weight, bias)."""
+    """Remembers the arguments of every F.linear, and of a mixer's x_proj: (shape and strides of x, weight, bias)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -364,11 +364,17 @@ class RecordLinear(TorchFunctionMode):
         if func is F.linear:
             x, weight, bias = (*args, None)[:3]
             self.calls.append(((tuple(x.shape), x.stride()), weight, bias))
+        if str(func).startswith("mamba_ssm.mixer_fwd"):
+            batch, channels, length = args[0].shape
+            names = [argument.name for argument in torch.ops.mamba_ssm.mixer_fwd.default._schema.arguments]
+            for name in ("x_proj_weight", "x_proj_weight_b"):
+                layout = (batch, length, channels), (length * channels, channels, 1)
+                self.calls.append((layout, args[names.index(name)], None))
         return func(*args, **(kwargs or {}))
 
 
 class MatrixProducts:
-    """The F.linear calls of a model's forward, on random inputs of the same shapes and strides, and nothing else."""
+    """The linear layers of a model's forward, on random inputs of the same shapes and strides, and nothing else."""
 
     def __init__(self, model: nn.Module, images: Tensor):
         with RecordLinear() as recorded, torch.inference_mode():
@@ -439,11 +445,9 @@ def model(bench: Bench) -> Section:
 # ---- breakdown -----------------------------------------------------------------------------------------------------
 
 GROUPS = {  # operator names begin with …
-    "scan": ("mamba_ssm::selective_scan",),
-    "convolution": ("causal_conv1d::",),
+    "mixers between their outer projections": ("mamba_ssm::mixer",),
     "norm": ("mamba_ssm::", "aten::native_layer_norm", "aten::_fused_rms_norm"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
-    "autograd functions of these operators (Python)": ("GeneratedBackwardFor_",),
     "patch embedding": ("aten::convolution", "aten::_convolution", "aten::mkldnn_convolution", "aten::conv2d"),
 }
 OTHER, OUTSIDE = "other operators", "outside operators (Python, profiler)"

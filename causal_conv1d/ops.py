@@ -117,17 +117,15 @@ refuse_second_derivative("causal_conv1d::conv_bwd")
 # convolutions, a multiply-add is two operations, and bias and activation are not counted.
 
 
-def _conv_flops(x: tuple[int, int, int], weight: tuple[int, int]) -> int:
+@register_flop_formula(torch.ops.causal_conv1d.conv_fwd)
+def conv_flops(x, weight, *options, out_shape=None) -> int:
     batch, channels, length = x
     return 2 * batch * channels * length * weight[1]
 
 
-@register_flop_formula(torch.ops.causal_conv1d.conv_fwd)
-def _(x, weight, *options, out_shape=None) -> int:
-    return _conv_flops(x, weight)
-
-
 @register_flop_formula(torch.ops.causal_conv1d.conv_bwd)
-def _(dout, x, weight, bias, seq_idx, initial_states, silu, reverse, dx_addend, *, out_shape=None) -> int:
+def conv_backward_flops(
+    dout, x, weight, bias, seq_idx, initial_states, silu, reverse, dx_addend, *, out_shape=None
+) -> int:
     """The gradients of x and weight, and with silu the convolution once more, for its slope."""
-    return (2 + silu) * _conv_flops(x, weight)
+    return (2 + silu) * conv_flops(x, weight)

@@ -36,7 +36,7 @@ from mamba_ssm.ops.selective_scan_ref import bidirectional_scan_ref
 ROOT = Path(__file__).resolve().parent.parent
 CXX = shlex.split(os.environ.get("CXX", "")) or [n for n in ("c++", "g++", "clang++") if shutil.which(n)][:1]
 OPERATORS = {
-    "mamba_ssm": ("selective_scan_fwd", "selective_scan_bwd"),
+    "mamba_ssm": ("selective_scan_fwd", "selective_scan_bwd", "mixer_fwd", "mixer_bwd"),
     "causal_conv1d": ("conv_fwd", "conv_bwd", "conv_update"),
 }
 # The device's fast exponential has errors up to 2^-22, which the emulation reproduces: eight units in the last place.
@@ -66,7 +66,7 @@ def emulated_library(tmp_path_factory) -> Path:
         subprocess.run([*CXX, *flags, optimization, "-x", "c++", "-c", source, "-o", target], check=True)
         return str(target)
 
-    folders = [ROOT / "csrc" / name for name in ("common", "selective_scan", "causal_conv1d")]
+    folders = [ROOT / "csrc" / name for name in ("common", "selective_scan", "causal_conv1d", "mixer")]
     sources = [p for folder in folders for pattern in ("*.cu", "*_cuda.cpp") for p in folder.glob(pattern)]
     sources.sort(key=lambda path: not path.name.startswith(("scan_fwd", "scan_bwd")))  # the longest first
     with ThreadPoolExecutor(2) as pool:

@@ -174,11 +174,11 @@ def test_state_space_parameters():
     assert model(sequence(dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-class ScanCalls(TorchDispatchMode):
-    """The arguments of every forward scan, by the names of the operator's schema."""
+class MixerCalls(TorchDispatchMode):
+    """The arguments of every mixer, by the names of the operator's schema."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function is torch.ops.mamba_ssm.selective_scan_fwd.default:
+        if function is torch.ops.mamba_ssm.mixer_fwd.default:
             names = [argument.name for argument in function._schema.arguments]
             self.seen.append(SimpleNamespace(**dict(zip(names, arguments, strict=True))))
         return function(*arguments, **(options or {}))
@@ -192,22 +192,21 @@ class ScanCalls(TorchDispatchMode):
 def test_autocast_keeps_the_state_space_in_fp32():
     model = mixer(bimamba_type="v2")
     exact = model(sequence())
-    with ScanCalls() as calls, torch.autocast("cpu", dtype=torch.bfloat16):
+    with MixerCalls() as calls, torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(sequence())
-    assert len(calls.seen) == 2
-    for scan in calls.seen:
-        assert scan.u.dtype == scan.delta.dtype == scan.B.dtype == scan.C.dtype == torch.bfloat16
-        assert scan.A.dtype == scan.D.dtype == scan.delta_bias.dtype == scan.delta_weight.dtype == torch.float32
+    (call,) = calls.seen
+    assert call.x.dtype == call.z.dtype == torch.bfloat16
+    for name in ("A_log", "D", "dt_weight", "dt_bias", "A_b_log", "D_b", "dt_weight_b", "dt_bias_b"):
+        assert getattr(call, name).dtype == torch.float32
     torch.testing.assert_close(out.float(), exact, rtol=5e-2, atol=5e-3)
 
 
 @needs_kernel
 def test_activations_are_views_of_channel_last_memory():
-    with ScanCalls() as calls:
+    with MixerCalls() as calls:
         mixer(bimamba_type="v2")(sequence())
-    for scan in calls.seen:
-        for tensor in (scan.u, scan.delta, scan.B, scan.C, scan.z, scan.addend):
-            assert tensor is None or tensor.stride(1) == 1
+    (call,) = calls.seen
+    assert call.x.stride(1) == call.z.stride(1) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

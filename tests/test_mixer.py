@@ -20,12 +20,12 @@ def make_direction(generator: torch.Generator, bias: bool = True) -> Direction:
         return torch.randn(shape, generator=generator)
 
     return Direction(
-        randn(CHANNELS, 4) * 0.5,
+        randn(CHANNELS, 1, 4) * 0.5,
         randn(CHANNELS) if bias else None,
         randn(RANK + 2 * STATES, CHANNELS) / CHANNELS**0.5,
         randn(CHANNELS, RANK) * 0.3,
         randn(CHANNELS) * 0.3 - 0.5 if bias else None,
-        decay_rates(CHANNELS, STATES),
+        (-decay_rates(CHANNELS, STATES)).log(),
         randn(CHANNELS) if bias else None,
     )
 
@@ -110,18 +110,53 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x_proj_weight": torch.zeros(9, CHANNELS)}, "split_with_sizes|split_sizes"),
-        ({"dt_weight": torch.zeros(CHANNELS - 1, RANK)}, "delta_weight"),
-        ({"A": torch.zeros(CHANNELS - 1, STATES)}, "A: got shape"),
-        ({"A": torch.zeros(CHANNELS, STATES, dtype=torch.float16)}, "A: got torch.float16"),
-        ({"D": torch.zeros(3)}, "D: got shape"),
-        ({"conv_weight": torch.zeros(CHANNELS, 5)}, "weight"),
+        (
+            {"x_proj_weight": torch.zeros(9, CHANNELS)},
+            r"backward.x_proj_weight: got shape \(9, 36\); expected \(13, 36\)",
+        ),
+        ({"dt_weight": torch.zeros(CHANNELS - 1, RANK)}, "backward.dt_weight: got shape"),
+        ({"A_log": torch.zeros(CHANNELS - 1, STATES)}, "backward.A_log: got shape"),
+        ({"A_log": torch.zeros(CHANNELS, 257)}, "backward.A_log: got 257 states; expected 1 to 256"),
+        ({"D": torch.zeros(3)}, "backward.D: got shape"),
+        ({"conv_weight": torch.zeros(CHANNELS, 1, 5)}, "backward.conv_weight: got width 5; expected 2, 3 or 4"),
+        ({"D": torch.zeros(CHANNELS, device="meta")}, "backward.D: got a tensor on meta; expected cpu"),
     ],
 )
 def test_wrong_parameters_are_named(change, message):
     x, z, (forward, backward) = make_inputs()
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(ValueError, match=message):
         mixer_scan(x, z, forward, backward._replace(**change))
+
+
+@pytest.mark.parametrize("z", [torch.zeros(2, 36, 40), torch.zeros(2, 36, 41, dtype=torch.float16)])
+def test_x_and_z_must_be_alike(z):
+    x, _, directions = make_inputs()
+    with pytest.raises(ValueError, match="z: got shape"):
+        mixer_scan(x, z, *directions)
+    with pytest.raises(ValueError, match=r"x: got shape \(36, 41\)"):
+        mixer_scan(x[0], x[0], *directions)
+
+
+@needs_kernel
+@pytest.mark.parametrize("ways", ["fb", "f", "b"])
+def test_operators_keep_their_promises(ways):
+    """Schemas and fake implementations, against the real ones."""
+    x, z, directions = make_inputs()
+    parameters = [t if way in ways else None for d, way in zip(directions, "fb", strict=True) for t in d]
+    options = (0.5, True, "poly", 32)
+    torch.library.opcheck(torch.ops.mamba_ssm.mixer_fwd.default, (x, z, *parameters, *options))
+    out, *kept = torch.ops.mamba_ssm.mixer_fwd(x, z, *parameters, *options)
+    arguments = (torch.randn_like(out), x, z, *parameters, *kept, *options)
+    torch.library.opcheck(torch.ops.mamba_ssm.mixer_bwd.default, arguments)
+
+
+@needs_kernel
+def test_parameters_in_half_precision():
+    """A module in bfloat16: its parameters are taken as they are, and so are their gradients."""
+    x, z, directions = make_inputs(torch.bfloat16)
+    halves = [Direction(*(t.bfloat16() for t in d)) for d in directions]
+    kernel, reference = results(x, z, halves, "fb"), results(x, z, halves, "fb", use_cuda_kernel=False)
+    assert_as_accurate(kernel, reference, results(x, z, halves, "fb", double=True), floor=FLOOR)
 
 
 @needs_kernel

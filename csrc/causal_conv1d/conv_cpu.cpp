@@ -4,14 +4,13 @@
 #include <vector>
 
 #include "conv.h"
+#include "conv_ops.h"
 #include "cpu_isa.h"
-#include "stable_abi.h"
 
 namespace mamba_ssm {
 namespace {
 
 using i64 = std::int64_t;
-using OptionalTensor = std::optional<Tensor>;
 
 // Work below this many elements stays in one thread.
 constexpr i64 kSerialElements = 16384;
@@ -106,6 +105,8 @@ void run(void (*kernel)(const ConvProblem&, i64, i64), const ConvProblem& p) {
                               [&](i64 begin, i64 end) { kernel(p, begin, end); });
 }
 
+}  // namespace
+
 Tensor conv_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
                 const OptionalTensor& initial_states, bool silu, bool reverse) {
   const Filter filter(weight, bias);
@@ -133,11 +134,15 @@ void sum_partials(const std::vector<float>& partial, i64 chunks, i64 dim, i64 wi
   });
 }
 
+namespace {
+
 // As channel-last as x is, for the kernel with lanes over channels.
 Tensor in_layout(const Tensor& tensor, bool lanes_over_channels) {
   if (!lanes_over_channels || tensor.stride(1) == 1) return tensor;
   return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(tensor, 1, 2)), 1, 2);
 }
+
+}  // namespace
 
 // dweight and dbias are fp32, whatever the dtype of weight and bias; dinitial is empty without initial states.
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout_in, const Tensor& x, const Tensor& weight,
@@ -175,6 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout_in, const
   sum_partials(partial, chunks, dim, width, dweight.mutable_data_ptr<float>(), dbias.mutable_data_ptr<float>());
   return {dx, dweight, dbias, dinitial};
 }
+
+namespace {
 
 const std::int32_t* indices_of(const OptionalTensor& tensor, i64 batch, const char* name) {
   if (!tensor.has_value()) return nullptr;

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "conv_gpu.h"
+#include "conv_ops.h"
 #include "row_sums.h"
 #include "stable_cuda.h"
 
@@ -12,7 +13,6 @@ namespace mamba_ssm {
 namespace {
 
 using i64 = std::int64_t;
-using OptionalTensor = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
 void check_launch(const char* error) {
@@ -116,6 +116,8 @@ const char* launch(const GpuConv& conv, bool rows, bool backward, void* stream) 
   return rows ? launch_conv_rows(conv, backward, stream) : launch_conv(conv, backward, stream);
 }
 
+}  // namespace
+
 Tensor conv_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
                 const OptionalTensor& initial_states, bool silu, bool reverse) {
   const DeviceOf device(x);
@@ -156,6 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout, const Te
   if (p.dim > 0) check_launch(launch_sum_rows(sums, 2, device.stream()));
   return {dx, dweight, dbias, dinitial};
 }
+
+namespace {
 
 const std::int32_t* indices_of(const OptionalTensor& tensor, i64 batch, const char* name) {
   if (!tensor.has_value()) return nullptr;

@@ -1,10 +1,11 @@
-// What the operators of every device do with their arguments: checks, and the description that the kernels read.
+// The operators of every device: their arguments, checks, and the description that the kernels read.
 #pragma once
 
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "discretization.h"
@@ -92,31 +93,45 @@ inline int find_method(const std::string& name) {
   STD_TORCH_CHECK(false, "discretization_method: got '", name, "'; expected one of ", known);
 }
 
+// What both operators take; see mamba_ssm/ops/selective_scan.py.
+struct ScanArguments {
+  Tensor u, delta, A, B, C;
+  OptionalTensor D, z, delta_bias, delta_weight;
+  double scale;
+  bool delta_softplus, reverse;
+  std::string method;
+
+  void make_contiguous() {
+    A = contiguous_float(A, "A");
+    D = contiguous_float(D, "D");
+    delta_bias = contiguous_float(delta_bias, "delta_bias");
+    delta_weight = contiguous_float(delta_weight, "delta_weight");
+  }
+};
+
 // A, D, delta_bias and delta_weight must be contiguous and stay alive as long as the result is used.
-inline ScanParams make_params(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                              const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
-                              const OptionalTensor& delta_weight, double scale, bool delta_softplus, bool reverse,
-                              const std::string& method) {
+inline ScanParams make_params(const ScanArguments& a) {
+  const Tensor &u = a.u, &A = a.A, &B = a.B, &C = a.C, &delta = a.delta;
   STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2, "u must be (batch, channels, length) and A (channels, states)");
   ScanParams p{};
-  p.method = find_method(method);
+  p.method = find_method(a.method);
   p.batch = u.size(0);
   p.channels = u.size(1);
   p.length = u.size(2);
   p.states = A.size(1);
   check_shape(A, {p.channels, p.states}, "A");
-  check_shape(D, {p.channels}, "D");
-  check_shape(delta_bias, {p.channels}, "delta_bias");
+  check_shape(a.D, {p.channels}, "D");
+  check_shape(a.delta_bias, {p.channels}, "delta_bias");
   p.u = activation(u, "u", u);
-  p.z = activation(z, "z", u);
-  if (delta_weight.has_value()) {
+  p.z = activation(a.z, "z", u);
+  if (a.delta_weight.has_value()) {
     STD_TORCH_CHECK(delta.dim() == 3, "delta must be (batch, rank, length) where delta_weight is given");
     p.rank = delta.size(1);
     check_shape(delta, {p.batch, p.rank, p.length}, "delta");
-    check_shape(delta_weight, {p.channels, p.rank}, "delta_weight");
+    check_shape(a.delta_weight, {p.channels, p.rank}, "delta_weight");
     p.delta_input = {delta.data_ptr(), kernel_dtype(delta, "delta"), false, delta.stride(0), 0, delta.stride(1),
                      delta.stride(2)};
-    p.delta_weight = float_data(delta_weight);
+    p.delta_weight = float_data(a.delta_weight);
   } else {
     p.delta = activation(delta, "delta", u);
   }
@@ -128,12 +143,45 @@ inline ScanParams make_params(const Tensor& u, const Tensor& delta, const Tensor
                       (C_groups == p.groups || p.C.group == 0 || p.C.constant) && p.channels % p.groups == 0,
                   "B and C must have the same number of groups, and it must divide the channels");
   p.A = float_data(A);
-  p.D = float_data(D);
-  p.delta_bias = float_data(delta_bias);
-  p.scale = static_cast<float>(scale);
-  p.delta_softplus = delta_softplus;
-  p.reverse = reverse;
+  p.D = float_data(a.D);
+  p.delta_bias = float_data(a.delta_bias);
+  p.scale = static_cast<float>(a.scale);
+  p.delta_softplus = a.delta_softplus;
+  p.reverse = a.reverse;
   return p;
+}
+
+using ScanResults = std::tuple<Tensor, Tensor, Tensor>;
+using ScanGradientResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The operators' implementations, each library's own.
+ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, OptionalTensor addend, bool float_out,
+                         std::int64_t checkpoint_steps);
+// Where the gradients of B and C go, if not to tensors of their own: (batch, 1, states, length), in the dtype of u.
+struct MatrixTargets {
+  Tensor dB, dC;
+};
+ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor dlast_state, OptionalTensor dz_addend,
+                                  Tensor checkpoints, bool float_dz, std::int64_t checkpoint_steps,
+                                  std::optional<MatrixTargets> targets = std::nullopt);
+
+// As the schemas have them.
+inline ScanResults scan_forward_operator(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
+                                         OptionalTensor z, OptionalTensor delta_bias, OptionalTensor delta_weight,
+                                         OptionalTensor initial_state, OptionalTensor addend, double scale,
+                                         bool delta_softplus, bool reverse, std::string method, bool float_out,
+                                         std::int64_t checkpoint_steps) {
+  return scan_forward({u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method},
+                      initial_state, addend, float_out, checkpoint_steps);
+}
+inline ScanGradientResults scan_backward_operator(Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta,
+                                                  Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
+                                                  OptionalTensor delta_bias, OptionalTensor delta_weight,
+                                                  OptionalTensor dz_addend, Tensor checkpoints, double scale,
+                                                  bool delta_softplus, bool reverse, std::string method, bool float_dz,
+                                                  std::int64_t checkpoint_steps) {
+  return scan_backward({u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method},
+                       dout, dlast_state, dz_addend, checkpoints, float_dz, checkpoint_steps);
 }
 
 }  // namespace mamba_ssm

@@ -60,19 +60,15 @@ std::int64_t choose_runs(const ScanParams& p, std::int64_t parts) {
 
 std::int64_t blocks_per_group(const ScanParams& p, int lanes) { return (p.channels / p.groups + lanes - 1) / lanes; }
 
-std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
-                                                OptionalTensor z, OptionalTensor delta_bias,
-                                                OptionalTensor delta_weight, OptionalTensor initial_state,
-                                                OptionalTensor addend, double scale, bool delta_softplus, bool reverse,
-                                                std::string method, bool float_out, std::int64_t checkpoint_steps) {
-  const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
-  A = contiguous_float(A, "A");
-  D = contiguous_float(D, "D");
-  delta_bias = contiguous_float(delta_bias, "delta_bias");
-  delta_weight = contiguous_float(delta_weight, "delta_weight");
-  initial_state = contiguous_float(initial_state, "initial_state");
+}  // namespace
 
-  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method);
+ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, OptionalTensor addend, bool float_out,
+                         std::int64_t checkpoint_steps) {
+  const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
+  a.make_contiguous();
+  initial_state = contiguous_float(initial_state, "initial_state");
+  const Tensor& u = a.u;
+  ScanParams p = make_params(a);
   p.addend = activation(addend, "addend", u);
   check_shape(initial_state, {p.batch, p.channels, p.states}, "initial_state");
   p.initial_state = float_data(initial_state);
@@ -93,6 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
   });
   return {out, last_state, checkpoints};
 }
+
+namespace {
 
 // Sum over the batch of (batch, …) floats, in order.
 Tensor sum_batch(const Tensor& parts, std::vector<std::int64_t> size, const Tensor& like) {
@@ -137,19 +135,16 @@ Tensor sum_splits(const Tensor& parts, bool states_innermost) {
   return states_innermost ? torch::stable::transpose(total, 2, 3) : total;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
-    Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
-    OptionalTensor z, OptionalTensor delta_bias, OptionalTensor delta_weight, OptionalTensor dz_addend,
-    Tensor checkpoints, double scale, bool delta_softplus, bool reverse, std::string method, bool float_dz,
-    std::int64_t checkpoint_steps) {
-  const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
-  A = contiguous_float(A, "A");
-  D = contiguous_float(D, "D");
-  delta_bias = contiguous_float(delta_bias, "delta_bias");
-  delta_weight = contiguous_float(delta_weight, "delta_weight");
-  dlast_state = contiguous_float(dlast_state, "dlast_state");
+}  // namespace
 
-  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method);
+ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor dlast_state, OptionalTensor dz_addend,
+                                  Tensor checkpoints, bool float_dz, std::int64_t checkpoint_steps,
+                                  std::optional<MatrixTargets> targets) {
+  const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
+  a.make_contiguous();
+  dlast_state = contiguous_float(dlast_state, "dlast_state");
+  const auto& [u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method] = a;
+  ScanParams p = make_params(a);
   STD_TORCH_CHECK(z.has_value() || !dz_addend.has_value(), "dz_addend without z");
   check_checkpoint_steps(checkpoint_steps, 1);
   p.chunk = checkpoint_steps;
@@ -204,16 +199,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const auto finish = [&](const Tensor& sums, const InputMatrix& m) {
     return m.constant ? sum_batch(sums, {p.channels, p.states}, u) : sum_splits(sums, m.state == 1);
   };
+  dB = finish(dB, p.B);
+  dC = finish(dC, p.C);
+  if (targets.has_value()) {
+    torch::stable::copy_(targets->dB, dB);
+    torch::stable::copy_(targets->dC, dC);
+  }
   return {du,
           ddelta,
           sum_batch(dA, {p.channels, p.states}, u),
-          finish(dB, p.B),
-          finish(dC, p.C),
+          dB,
+          dC,
           D.has_value() ? sum_batch(dD, {p.channels}, u) : dD,
           dz,
           delta_bias.has_value() ? sum_batch(ddelta_bias, {p.channels}, u) : ddelta_bias,
           dinitial_state};
 }
+
+namespace {
 
 // Comma-separated, in the table's order.
 std::string discretization_names() {
@@ -226,8 +229,8 @@ std::string discretization_names() {
 }  // namespace mamba_ssm
 
 STABLE_TORCH_LIBRARY_IMPL(mamba_ssm, CPU, m) {
-  m.impl("selective_scan_fwd", TORCH_BOX(&mamba_ssm::scan_forward));
-  m.impl("selective_scan_bwd", TORCH_BOX(&mamba_ssm::scan_backward));
+  m.impl("selective_scan_fwd", TORCH_BOX(&mamba_ssm::scan_forward_operator));
+  m.impl("selective_scan_bwd", TORCH_BOX(&mamba_ssm::scan_backward_operator));
 }
 STABLE_TORCH_LIBRARY_IMPL(mamba_ssm, CompositeExplicitAutograd, m) {
   m.impl("discretization_names", TORCH_BOX(&mamba_ssm::discretization_names));

@@ -2,8 +2,6 @@
 // The schemas and what the arguments mean are in mamba_ssm/ops/selective_scan.py.
 //
 // Compiled with MAMBA_SSM_CUDA_ON_CPU the kernels are host code, and the operators take CPU tensors: a test does that.
-#include <tuple>
-
 #include "row_sums.h"
 #include "scan_arguments.h"
 #include "scan_gpu.h"
@@ -115,18 +113,15 @@ class Segments {
   Tensor decay_, local_, states_;
 };
 
-std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
-                                                OptionalTensor z, OptionalTensor delta_bias,
-                                                OptionalTensor delta_weight, OptionalTensor initial_state,
-                                                OptionalTensor addend, double scale, bool delta_softplus, bool reverse,
-                                                std::string method, bool float_out, i64 checkpoint_steps) {
+}  // namespace
+
+ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, OptionalTensor addend, bool float_out,
+                         i64 checkpoint_steps) {
+  auto& [u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method] = a;
   const DeviceOf device(u);
-  A = contiguous_float(A, "A");
-  D = contiguous_float(D, "D");
-  delta_bias = contiguous_float(delta_bias, "delta_bias");
-  delta_weight = contiguous_float(delta_weight, "delta_weight");
+  a.make_contiguous();
   initial_state = contiguous_float(initial_state, "initial_state");
-  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method);
+  ScanParams p = make_params(a);
   activation(addend, "addend", u);
   check_shape(initial_state, {p.batch, p.channels, p.states}, "initial_state");
   const Tensor original_u = u;
@@ -140,7 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
     to_channel_rows(z);
     to_channel_rows(addend);
   }
-  p = make_params(u, delta, A, B, C, D, z, delta_bias, std::nullopt, scale, delta_softplus, reverse, method);
+  delta_weight.reset();
+  p = make_params(a);
   p.addend = activation(addend, "addend", u);
   p.initial_state = float_data(initial_state);
   GpuScan scan = make_launch(p, fast, checkpoint_steps);
@@ -187,18 +183,14 @@ std::tuple<Tensor, Tensor, Tensor> scan_forward(Tensor u, Tensor delta, Tensor A
   return {like_memory_of(original_u, out), last_state, checkpoints};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
-    Tensor dout, OptionalTensor dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
-    OptionalTensor z, OptionalTensor delta_bias, OptionalTensor delta_weight, OptionalTensor dz_addend,
-    Tensor checkpoints, double scale, bool delta_softplus, bool reverse, std::string method, bool float_dz,
-    i64 checkpoint_steps) {
+ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor dlast_state, OptionalTensor dz_addend,
+                                  Tensor checkpoints, bool float_dz, i64 checkpoint_steps,
+                                  std::optional<MatrixTargets> targets) {
+  auto& [u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method] = a;
   const DeviceOf device(u);
-  A = contiguous_float(A, "A");
-  D = contiguous_float(D, "D");
-  delta_bias = contiguous_float(delta_bias, "delta_bias");
-  delta_weight = contiguous_float(delta_weight, "delta_weight");
+  a.make_contiguous();
   dlast_state = contiguous_float(dlast_state, "dlast_state");
-  ScanParams p = make_params(u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method);
+  ScanParams p = make_params(a);
   activation(dout, "dout", u);
   activation(dz_addend, "dz_addend", u);
   STD_TORCH_CHECK(z.has_value() || !dz_addend.has_value(), "dz_addend without z");
@@ -216,7 +208,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     to_channel_rows(z);
     to_channel_rows(dz_addend);
   }
-  p = make_params(u, delta, A, B, C, D, z, delta_bias, std::nullopt, scale, delta_softplus, reverse, method);
+  delta_weight.reset();
+  p = make_params(a);
   GpuScan scan = make_launch(p, fast, checkpoint_steps);
   // empty where the forward ran with checkpoint_steps = 0
   check_shape(checkpoints, {p.batch, scan.checkpoints, p.states, p.channels}, "checkpoints");
@@ -235,7 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     if (m.stride(m.dim() - 2) != 1) return new_floats(u, {p.batch, p.groups, p.states, p.length});
     return torch::stable::transpose(new_floats(u, {p.batch, p.groups, p.length, p.states}), 2, 3);
   };
-  Tensor dB = matrix(original_B), dC = matrix(original_C);
+  Tensor dB = targets.has_value() ? targets->dB : matrix(original_B);
+  Tensor dC = targets.has_value() ? targets->dC : matrix(original_C);
   // Partial sums, to be added in order: of every batch element, and of every launch.
   const i64 launches = (p.states + tile::kStates - 1) / tile::kStates;
   const auto sum_for = [&](bool wanted) {
@@ -303,8 +297,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     if (!any_matrix) continue;
     const auto target = [&](const InputMatrix& m, const Tensor& total) {
       if (m.constant) return TileSums::Target{};
-      return TileSums::Target{float_data(total) + scan.first_state * total.stride(2), total.stride(0), total.stride(1),
-                              total.stride(2), total.stride(3)};
+      const Dtype dtype = kernel_dtype(total, "total");
+      char* data = static_cast<char*>(total.data_ptr()) + scan.first_state * total.stride(2) * element_size(dtype);
+      return TileSums::Target{data, dtype, total.stride(0), total.stride(1), total.stride(2), total.stride(3)};
     };
     const TileSums sums{out.partial, p.batch,     p.groups,        scan.tiles,
                         p.length,    scan.states, target(p.B, dB), target(p.C, dC)};
@@ -338,10 +333,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
           dinitial_state};
 }
 
-}  // namespace
 }  // namespace mamba_ssm
 
 MAMBA_SSM_CUDA_IMPL(mamba_ssm, m) {
-  m.impl("selective_scan_fwd", TORCH_BOX(&mamba_ssm::scan_forward));
-  m.impl("selective_scan_bwd", TORCH_BOX(&mamba_ssm::scan_backward));
+  m.impl("selective_scan_fwd", TORCH_BOX(&mamba_ssm::scan_forward_operator));
+  m.impl("selective_scan_bwd", TORCH_BOX(&mamba_ssm::scan_backward_operator));
 }

@@ -38,7 +38,8 @@ struct TileSums {
   std::int64_t batch, groups, tiles, length;
   int states;
   struct Target {
-    float* data;  // of the launch's first state; or null
+    void* data;  // of the launch's first state; or null
+    Dtype dtype;
     std::int64_t batch, group, state, time;
   } B, C;
 };

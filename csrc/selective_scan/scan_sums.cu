@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads) sum_tiles_kernel(MAMBA_SSM_CONSTANT_
   float sum = 0.0f;
 #pragma unroll 4
   for (std::int64_t i = 0; i < s.tiles; ++i) sum += part[i * tile_size];
-  target.data[batch * target.batch + group * target.group + state * target.state + time * target.time] = sum;
+  store_element(target.data, batch * target.batch + group * target.group + state * target.state + time * target.time,
+                target.dtype, sum);
 }
 
 }  // namespace

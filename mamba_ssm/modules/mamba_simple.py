@@ -16,17 +16,19 @@ from torch import Tensor, nn
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.discretization_ref import get_method
-from mamba_ssm.ops.mamba_inner import Direction, gated_scan, mixer_scan, project_in, scan_arguments
+from mamba_ssm.ops.mamba_inner import (
+    Direction,
+    at_least_float32,
+    gated_scan,
+    mixer_scan,
+    project_in,
+    scan_arguments,
+)
 from mamba_ssm.ops.selective_scan_interface import ScanArgs, bidirectional_scan_fn
 from mamba_ssm.ops.selective_scan_ref import MAX_STATES
 from mamba_ssm.ops.selective_state_update import selective_state_update
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
-
-
-def _at_least_fp32(parameter: Tensor) -> Tensor:
-    """A, D and Δ's bias enter the scan in fp32 (fp64 stays), whatever autocast or the module's dtype says."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 class Mamba(nn.Module):
@@ -176,13 +178,13 @@ class Mamba(nn.Module):
         conv1d, x_proj, dt_proj = (getattr(self, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
         A_log, D = (self.A_b_log, self.D_b) if suffix else (self.A_log, self.D)
         return Direction(
-            conv1d.weight.squeeze(1),
+            conv1d.weight,
             conv1d.bias,
             x_proj.weight,
-            _at_least_fp32(dt_proj.weight),
-            _at_least_fp32(dt_proj.bias),
-            -torch.exp(_at_least_fp32(A_log)),
-            _at_least_fp32(D),
+            dt_proj.weight,
+            dt_proj.bias,
+            A_log,
+            D,
         )
 
     def _prefill(self, x: Tensor, z: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
@@ -202,7 +204,7 @@ class Mamba(nn.Module):
     def _scan_both_ways(self, x: Tensor, z: Tensor, reverse: bool) -> Tensor:
         """v1: two scans of the same inputs that differ in A."""
         along = self._scan_arguments(x, reverse)
-        against = along._replace(A=-torch.exp(_at_least_fp32(self.A_b_log)))
+        against = along._replace(A=-torch.exp(at_least_float32(self.A_b_log)))
         return bidirectional_scan_fn(
             *((against, along) if reverse else (along, against)),
             z,
@@ -217,9 +219,9 @@ class Mamba(nn.Module):
             self.conv1d.bias,
             self.x_proj.weight,
             self.dt_proj.weight,
-            -torch.exp(_at_least_fp32(self.A_log)),
-            D=_at_least_fp32(self.D),
-            delta_bias=_at_least_fp32(self.dt_proj.bias),
+            -torch.exp(at_least_float32(self.A_log)),
+            D=at_least_float32(self.D),
+            delta_bias=at_least_float32(self.dt_proj.bias),
             conv_fn=partial(causal_conv1d_fn, reverse=reverse, use_cuda_kernel=self.use_cuda_kernel),
         )
 
@@ -250,12 +252,12 @@ class Mamba(nn.Module):
             ssm_state,
             x,
             F.linear(dt, self.dt_proj.weight),  # the bias is added inside, before softplus
-            -torch.exp(_at_least_fp32(self.A_log)),
+            -torch.exp(at_least_float32(self.A_log)),
             B,
             C,
-            D=_at_least_fp32(self.D),
+            D=at_least_float32(self.D),
             z=z,
-            dt_bias=_at_least_fp32(self.dt_proj.bias),
+            dt_bias=at_least_float32(self.dt_proj.bias),
             dt_softplus=True,
             discretization_method=self.discretization_method,
         )

@@ -5,8 +5,9 @@ bidirectional extension in Vim (Zhu et al., 2024), with `discretization_method` 
 them. Activations have the logical shape (B, D, L) with any strides; channel-last memory, i.e. a transposed view of
 (B, L, D), is the fast path and is never copied.
 
-`mixer_scan` is what a mixer runs between its two outer projections, in one autograd node: the convolution's output and
-Δ are made again in the backward pass instead of being kept, and gradients of one tensor are summed as they arise.
+`mixer_scan` is what a mixer runs between its two outer projections, in one operator and one autograd node: the
+convolution's output and Δ are made again in the backward pass instead of being kept, and gradients of one tensor are
+summed as they arise.
 
 Shapes, for all `*_inner_*` functions: xz (B, 2D, L); conv1d_weight (D, 1, W); x_proj_weight (R [+ N] [+ N], D), whose
 rows give the R inputs of Δ, then B, then C, the last two unless they are passed; delta_proj_weight (D, R);
@@ -16,7 +17,7 @@ An unknown `discretization_method` raises ValueError and lists the known ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -26,29 +27,35 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
-from causal_conv1d.reference import check_conv_arguments
+from causal_conv1d.ops import conv_backward_flops, conv_flops
 from mamba_ssm._backend import use_kernel
+from mamba_ssm.ops.discretization_ref import get_method
 from mamba_ssm.ops.selective_scan import (
     ScanArgs,
     bidirectional_scan_fn,
     checkpoint_steps,
-    scan_gradients,
+    empty_like_activation,
+    selective_scan_backward_flops,
+    selective_scan_flops,
     selective_scan_fn,
     selective_scan_ref,
 )
-from mamba_ssm.ops.selective_scan_ref import bidirectional_scan_ref, check_scan_arguments
+from mamba_ssm.ops.selective_scan_ref import MAX_STATES, bidirectional_scan_ref
 
 
 class Direction(NamedTuple):
     """The parameters of one direction of a mixer with D channels, N states, convolution width W and R inputs of Δ."""
 
-    conv_weight: Tensor  # (D, W)
+    conv_weight: Tensor  # (D, 1, W)
     conv_bias: Tensor | None  # (D,)
     x_proj_weight: Tensor  # (R + 2N, D)
-    dt_weight: Tensor  # (D, R), float32
-    dt_bias: Tensor | None  # (D,), float32
-    A: Tensor  # (D, N), float32
-    D: Tensor | None  # (D,), float32
+    dt_weight: Tensor  # (D, R)
+    dt_bias: Tensor | None  # (D,)
+    A_log: Tensor  # (D, N); A = −exp(A_log)
+    D: Tensor | None  # (D,)
+
+
+_NO_DIRECTION = (None,) * len(Direction._fields)
 
 
 def mixer_scan(
@@ -65,24 +72,57 @@ def mixer_scan(
     """scale · (scan along time + scan against time) · silu(z), each from its own convolution and projections of x.
 
     x, z: (B, D, L), float32, float16 or bfloat16 (float64: reference). forward, backward: the direction that runs along
-    and the one that runs against time, convolution included; one of them may be None.
-    Returns (B, D, L) in x's dtype. Raises ValueError for a wrong argument, as `selective_scan_fn` does.
+    and the one that runs against time, convolution included; one of them may be None. Their tensors may have any of
+    these dtypes; Δ's parameters, A and D are taken as float32, x_proj's weight is taken in x's dtype.
+    Returns (B, D, L) in x's dtype. Raises ValueError for a wrong argument, which it names.
     """
-    directions = [d for d in (forward, backward) if d is not None]
-    if not directions:
-        raise ValueError("forward and backward: got None for both; expected a Direction for at least one")
-    parameters = [t for direction in directions for t in direction]
+    get_method(discretization_method)  # unknown: ValueError that lists the known
+    _check_mixer(x, z, forward, backward)
+    parameters = (*(forward or _NO_DIRECTION), *(backward or _NO_DIRECTION))
     float64 = (t for t in parameters if t is not None and t.dtype == torch.float64)
     if not use_kernel(next(float64, x), use_cuda_kernel):
         options = {"delta_softplus": delta_softplus, "discretization_method": discretization_method}
         return _mixer_scan_ref(x, z, forward, backward, scale, options)
-    if torch.is_autocast_enabled(x.device.type):  # what autocast does to a linear layer
-        directions = [d._replace(x_proj_weight=d.x_proj_weight.to(x.dtype)) for d in directions]
-        parameters = [t for direction in directions for t in direction]
-    reversed_ = tuple(reverse for d, reverse in ((forward, False), (backward, True)) if d is not None)
-    options = (reversed_, scale, delta_softplus, discretization_method)
-    steps = checkpoint_steps((x, z, *parameters), directions[0].A, lean_length=x.shape[-1])
-    return _MixerScan.apply(steps, options, x, z, *parameters)
+    A_log = next(d for d in (forward, backward) if d is not None).A_log
+    steps = checkpoint_steps((x, z, *parameters), A_log, lean_length=x.shape[-1])
+    options = (scale, delta_softplus, discretization_method, steps)
+    if steps == 0:
+        return torch.ops.mamba_ssm.mixer_fwd(x, z, *parameters, *options)[0]
+    return _MixerScan.apply(options, x, z, *parameters)
+
+
+def _check_mixer(x: Tensor, z: Tensor, forward: Direction | None, backward: Direction | None) -> None:
+    if forward is None and backward is None:
+        raise ValueError("forward and backward: got None for both; expected a Direction for at least one")
+    if x.dim() != 3:
+        raise ValueError(f"x: got shape {tuple(x.shape)}; expected (B, D, L)")
+    if z.shape != x.shape or z.dtype != x.dtype or z.device != x.device:
+        raise ValueError(
+            f"z: got shape {tuple(z.shape)}, {z.dtype}, on {z.device}; expected what x has: "
+            f"{tuple(x.shape)}, {x.dtype}, on {x.device}"
+        )
+    for name, direction in (("forward", forward), ("backward", backward)):
+        if direction is None:
+            continue
+        channels, rank, states = x.shape[1], direction.dt_weight.shape[-1], direction.A_log.shape[-1]
+        if not 1 <= states <= MAX_STATES:
+            raise ValueError(f"{name}.A_log: got {states} states; expected 1 to {MAX_STATES}")
+        width = direction.conv_weight.shape[-1]
+        if width not in (2, 3, 4):
+            raise ValueError(f"{name}.conv_weight: got width {width}; expected 2, 3 or 4")
+        vector = (channels,)
+        shapes = ((channels, 1, width), vector, (rank + 2 * states, channels), (channels, rank), vector,
+                  (channels, states), vector)  # fmt: skip
+        for field, tensor, shape in zip(Direction._fields, direction, shapes, strict=True):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name}.{field}: got shape {tuple(tensor.shape)}; expected {shape}")
+            if tensor is not None and tensor.device != x.device:
+                raise ValueError(f"{name}.{field}: got a tensor on {tensor.device}; expected {x.device}, where x is")
+
+
+def at_least_float32(parameter: Tensor) -> Tensor:
+    """A, D and Δ's bias enter the scan in float32 (float64 stays), whatever autocast or the module's dtype says."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _mixer_scan_ref(
@@ -91,11 +131,13 @@ def _mixer_scan_ref(
     """`mixer_scan` composed of the PyTorch references: its specification."""
 
     def arguments(direction: Direction, reverse: bool) -> ScanArgs:
-        conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D = direction
+        conv_weight, conv_bias, x_proj_weight, *others = direction
+        dt_weight, dt_bias, A_log, D = (None if t is None else at_least_float32(t) for t in others)
         conv_fn = partial(causal_conv1d_ref, reverse=reverse)
         return scan_arguments(
-            x, conv_weight[:, None], conv_bias, x_proj_weight, dt_weight, A, D=D, delta_bias=dt_bias, conv_fn=conv_fn
-        )
+            x, conv_weight, conv_bias, x_proj_weight.to(x.dtype), dt_weight, -torch.exp(A_log),
+            D=D, delta_bias=dt_bias, conv_fn=conv_fn,
+        )  # fmt: skip
 
     if forward is not None and backward is not None:
         return bidirectional_scan_ref(arguments(forward, False), arguments(backward, True), z, scale=scale, **options)
@@ -104,93 +146,135 @@ def _mixer_scan_ref(
     return scale * gated_scan(args, z, scan_fn=selective_scan_ref, reverse=reverse, **options)
 
 
+# ---- the operators behind mixer_scan --------------------------------------------------------------------------------
+
+_DIRECTION = (
+    "Tensor? conv_weight{0}, Tensor? conv_bias{0}, Tensor? x_proj_weight{0}, Tensor? dt_weight{0}, Tensor? dt_bias{0}, "
+    "Tensor? A{0}_log, Tensor? D{0}"
+)
+_TENSORS = f"Tensor x, Tensor z, {_DIRECTION.format('')}, {_DIRECTION.format('_b')}"
+_OPTIONS = "float scale, bool delta_softplus, str discretization_method, int checkpoint_steps"
+# The tensors of a direction that there is not are None. For the backward pass, of each direction: x_proj's output,
+# (B·L, columns), whose parts begin at aligned columns, and the scan's checkpoints.
+torch.library.define(
+    "mamba_ssm::mixer_fwd",
+    f"({_TENSORS}, {_OPTIONS}) "
+    "-> (Tensor out, Tensor projected, Tensor checkpoints, Tensor projected_b, Tensor checkpoints_b)",
+)
+# The gradients of absent tensors are empty.
+torch.library.define(
+    "mamba_ssm::mixer_bwd",
+    f"(Tensor dout, {_TENSORS}, Tensor projected, Tensor checkpoints, Tensor projected_b, Tensor checkpoints_b, "
+    f"{_OPTIONS}) -> ({', '.join(['Tensor'] * 16)})",
+)
+
+
+@torch.library.register_fake("mamba_ssm::mixer_fwd")
+def _(x, z, *rest):
+    *parameters, _scale, _delta_softplus, _method, steps = rest
+    batch, channels, length = x.shape
+    kept = []
+    for direction in _directions(parameters):
+        if direction.conv_weight is None:
+            kept += [x.new_empty(0), x.new_empty(0)]
+            continue
+        rank, states = direction.dt_weight.shape[1], direction.A_log.shape[1]
+        columns = _aligned(rank, x) + 2 * _aligned(states, x)
+        checkpoints = -(-length // steps) if steps else 0
+        kept += [
+            x.new_empty(batch * length, columns),
+            x.new_empty(batch, checkpoints, states, channels, dtype=torch.float32),
+        ]
+    return empty_like_activation(x, x.dtype), *kept
+
+
+@torch.library.register_fake("mamba_ssm::mixer_bwd")
+def _(dout, x, z, *rest):
+    parameters = rest[: 2 * len(Direction._fields)]
+    gradients = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in parameters)
+    return empty_like_activation(x, x.dtype), empty_like_activation(z, z.dtype), *gradients
+
+
+def _aligned(columns: int, x: Tensor) -> int:
+    """As kColumnAlignment in csrc/mixer has it: a GPU's matrix products want aligned rows."""
+    alignment = 8 if x.device.type == "cuda" else 1
+    return -(-columns // alignment) * alignment
+
+
+def _directions(parameters: Sequence[Tensor | None]) -> list[Direction]:
+    count = len(Direction._fields)
+    return [Direction(*parameters[i : i + count]) for i in range(0, len(parameters), count)]
+
+
 class _MixerScan(torch.autograd.Function):
     """`mixer_scan` on kernels. Kept for the backward pass besides x, z and the parameters: x_proj's output, and the
-    scans' states every few steps."""
+    scans' states every few steps. The convolution's output and Δ are made again."""
 
     @staticmethod
-    def forward(ctx, steps, options, x, z, *parameters):
-        reversed_, scale, delta_softplus, method = options
-        directions = _directions(parameters)
-        out, kept = None, []
-        for i, (direction, reverse) in enumerate(zip(directions, reversed_, strict=True)):
-            last = i == len(directions) - 1
-            conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D = direction
-            check_conv_arguments(x, conv_weight, conv_bias, None, None, False, None, "silu")
-            u = torch.ops.causal_conv1d.conv_fwd(x, conv_weight, conv_bias, None, None, True, reverse)
-            projected = F.linear(u.transpose(1, 2), x_proj_weight)
-            dt, B, C = _split(projected, dt_weight, A)
-            check_scan_arguments(u, u, A, B, C, D, z, dt_bias, None, method)
-            out, _, checkpoints = torch.ops.mamba_ssm.selective_scan_fwd(
-                u, dt, A, B, C, D, z if last else None, dt_bias, dt_weight, None, out,
-                scale if last else 1.0, delta_softplus, reverse, method, not last, steps,
-            )  # fmt: skip
-            kept += [projected, checkpoints]
+    def forward(ctx, options, x, z, *parameters):
+        out, *kept = torch.ops.mamba_ssm.mixer_fwd(x, z, *parameters, *options)
         ctx.save_for_backward(x, z, *parameters, *kept)
-        ctx.options, ctx.count, ctx.steps = options, len(parameters), steps
+        ctx.options = options
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        with torch.autocast(dout.device.type, enabled=False):  # the dtypes are those of the forward pass
-            return _MixerScan.gradients(ctx, dout)
-
-    @staticmethod
-    def gradients(ctx, dout):
-        reversed_, scale, delta_softplus, method = ctx.options
-        x, z, *tensors = ctx.saved_tensors
-        directions, kept = _directions(tensors[: ctx.count]), tensors[ctx.count :]
-        dx = dz = None
-        gradients = []
-        for i, (direction, reverse) in enumerate(zip(directions, reversed_, strict=True)):
-            last = i == len(directions) - 1
-            conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D = direction
-            projected, checkpoints = kept[2 * i : 2 * i + 2]
-            u = torch.ops.causal_conv1d.conv_fwd(x, conv_weight, conv_bias, None, None, True, reverse)
-            dt, B, C = _split(projected, dt_weight, A)
-            (du, ddelta, dA, dB, dC, dD, dz, ddt_bias), _ = scan_gradients(
-                dout, None, u, dt, A, B, C, D, z, dt_bias, dt_weight, dz, checkpoints,
-                scale, delta_softplus, reverse, method, not last, ctx.steps,
-            )  # fmt: skip
-            ddelta = _rows(ddelta)
-            ddt_weight = (_rows(dt).t() @ ddelta).t().to(dt_weight.dtype)  # this way round it is faster
-            dprojected = torch.cat([ddelta @ dt_weight.to(ddelta.dtype), _rows(dB), _rows(dC)], dim=1)
-            dx_proj_weight = dprojected.t() @ _rows(u)
-            du = _rows(du).addmm_(dprojected, x_proj_weight)  # a tensor of our own
-            du = du.view(*projected.shape[:2], -1).transpose(1, 2)
-            dx, dconv_weight, dconv_bias, _ = torch.ops.causal_conv1d.conv_bwd(
-                du, x, conv_weight, conv_bias, None, None, True, reverse, dx
-            )
-            gradients += [
-                dconv_weight.to(conv_weight.dtype),
-                None if conv_bias is None else dconv_bias.to(conv_bias.dtype),
-                dx_proj_weight,
-                ddt_weight,
-                ddt_bias,
-                dA,
-                dD,
-            ]
-        return None, None, dx, dz, *gradients
+        saved = ctx.saved_tensors
+        dx, dz, *gradients = torch.ops.mamba_ssm.mixer_bwd(dout, *saved, *ctx.options)
+        parameters = saved[2:]
+        return None, dx, dz, *(g if t is not None else None for g, t in zip(gradients, parameters, strict=False))
 
 
-if torch.ops.aten.addmm_ not in flop_registry:  # torch's counter knows addmm, but not the addmm_ of these gradients
-    register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(flop_registry[torch.ops.aten.addmm])
+@register_flop_formula(torch.ops.mamba_ssm.mixer_fwd)
+def mixer_flops(x, z, *rest, out_shape=None) -> int:
+    """Operations of `mixer_fwd` from the shapes of its tensors: those of its convolutions, of x_proj and of its scans.
+
+    Each in the units of the operators that they are without the mixer."""
+    *parameters, scale, delta_softplus, method, steps = rest
+    batch, channels, length = x
+    total = 0
+    for conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D in _directions(parameters):
+        if conv_weight is None:
+            continue
+        matrix = (batch, A[1], length)
+        total += conv_flops(x, (channels, conv_weight[2]), conv_bias, None, None, True, False)
+        total += 2 * batch * length * x_proj_weight[0] * channels
+        total += selective_scan_flops(
+            x, (batch, dt_weight[1], length), A, matrix, matrix, D, z, dt_bias, dt_weight, None, None,
+            scale, delta_softplus, False, method, False, steps,
+        )  # fmt: skip
+    return total
 
 
-def _directions(parameters: list[Tensor | None]) -> list[Direction]:
-    count = len(Direction._fields)
-    return [Direction(*parameters[i : i + count]) for i in range(0, len(parameters), count)]
-
-
-def _split(projected: Tensor, dt_weight: Tensor, A: Tensor) -> tuple[Tensor, ...]:
-    """The inputs of Δ, (B, R, L), and B and C, (B, N, L): views of x_proj's output."""
-    return tuple(t.transpose(1, 2) for t in projected.split([dt_weight.shape[1], A.shape[1], A.shape[1]], dim=-1))
+@register_flop_formula(torch.ops.mamba_ssm.mixer_bwd)
+def mixer_backward_flops(dout, x, z, *rest, out_shape=None) -> int:
+    """Operations of `mixer_bwd`: its parts' backward passes, and the convolutions again."""
+    *tensors, scale, delta_softplus, method, steps = rest
+    parameters = tensors[: 2 * len(Direction._fields)]
+    batch, channels, length = x
+    total = 0
+    for conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D in _directions(parameters):
+        if conv_weight is None:
+            continue
+        matrix, filters = (batch, A[1], length), (channels, conv_weight[2])
+        total += conv_flops(x, filters, conv_bias, None, None, True, False)
+        total += conv_backward_flops(x, x, filters, conv_bias, None, None, True, False, None)
+        total += 4 * batch * length * channels * (x_proj_weight[0] + dt_weight[1])
+        total += selective_scan_backward_flops(
+            dout, None, x, (batch, dt_weight[1], length), A, matrix, matrix, D, z, dt_bias, dt_weight, None, None,
+            scale, delta_softplus, False, method, False, steps,
+        )  # fmt: skip
+    return total
 
 
 def _rows(t: Tensor) -> Tensor:
     """(B, C, L) as (B·L, C), without a copy where t is channel-last."""
     return t.transpose(1, 2).reshape(-1, t.shape[1])
+
+
+if torch.ops.aten.addmm_ not in flop_registry:  # torch's counter knows addmm, but not the addmm_ of these gradients
+    register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(flop_registry[torch.ops.aten.addmm])
 
 
 class _SplitLinear(torch.autograd.Function):

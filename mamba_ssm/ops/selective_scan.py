@@ -205,7 +205,7 @@ def _with_groups(B: Tensor, groups: int) -> Tensor:
 # ---- what torch.compile and autograd need to know of the operators -----------------------------------------------
 
 
-def _empty_like_activation(like: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_like_activation(like: Tensor, dtype: torch.dtype) -> Tensor:
     """(batch, channels, length), with the channels innermost in memory where `like` has them so."""
     batch, channels, length = like.shape
     if like.stride(1) == 1 and channels > 1:
@@ -222,7 +222,7 @@ def _(
     states = A.shape[1]
     checkpoints = -(-length // checkpoint_steps) if checkpoint_steps else 0
     return (
-        _empty_like_activation(u, torch.float32 if float_out else u.dtype),
+        empty_like_activation(u, torch.float32 if float_out else u.dtype),
         u.new_empty(batch, channels, states, dtype=torch.float32),
         u.new_empty(batch, checkpoints, states, channels, dtype=torch.float32),
     )
@@ -248,13 +248,13 @@ def _(
         return floats(batch, groups, states, length)
 
     return (
-        _empty_like_activation(u, u.dtype),
-        _empty_like_activation(delta if delta_weight is None else u, delta.dtype),
+        empty_like_activation(u, u.dtype),
+        empty_like_activation(delta if delta_weight is None else u, delta.dtype),
         floats(channels, states),
         matrix(B),
         matrix(C),
         floats(0) if D is None else floats(channels),
-        floats(0) if z is None else _empty_like_activation(z, torch.float32 if float_dz else z.dtype),
+        floats(0) if z is None else empty_like_activation(z, torch.float32 if float_dz else z.dtype),
         floats(0) if delta_bias is None else floats(channels),
         floats(batch, channels, states),
     )

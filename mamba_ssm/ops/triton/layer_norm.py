@@ -10,7 +10,6 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
-from causal_conv1d.ops import refuse_second_derivative
 from mamba_ssm._backend import use_kernel
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -178,34 +177,38 @@ def _(dy, dh, h, weight, scale, mean, rstd, is_rms_norm, has_bias, separate_dres
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, residual, scale, _eps, _residual_in_fp32, ctx.is_rms_norm, keep_sum = inputs
-    _y, h, mean, rstd = output
-    ctx.save_for_backward(h if keep_sum else x, weight, bias, scale, mean, rstd)
-    ctx.x_dtype = x.dtype
-    ctx.has_residual = residual is not None
-    ctx.separate_dresidual = residual is not None and (scale is not None or residual.dtype != x.dtype)
-    ctx.set_materialize_grads(False)
+class _AddNorm(torch.autograd.Function):
+    """(y, h); h is empty unless keep_sum."""
 
+    @staticmethod
+    def forward(ctx, options, x, weight, bias, residual, scale):
+        _eps, _residual_in_fp32, is_rms_norm, keep_sum = options
+        y, h, mean, rstd = torch.ops.mamba_ssm.add_norm_fwd(x, weight, bias, residual, scale, *options)
+        ctx.save_for_backward(h if keep_sum else x, weight, bias, scale, mean, rstd)
+        ctx.x_dtype, ctx.is_rms_norm, ctx.keep_sum = x.dtype, is_rms_norm, keep_sum
+        ctx.has_residual = residual is not None
+        ctx.separate_dresidual = residual is not None and (scale is not None or residual.dtype != x.dtype)
+        ctx.set_materialize_grads(False)
+        return y, h
 
-def _backward(ctx, dy, dh, _dmean, _drstd):
-    h, weight, bias, scale, mean, rstd = ctx.saved_tensors
-    if dy is None:  # only h was used
-        dy = h.new_zeros(h.shape, dtype=ctx.x_dtype)
-    dx, dresidual, dweight, dbias = torch.ops.mamba_ssm.add_norm_bwd(
-        dy, dh, h, weight, scale, mean, rstd, ctx.is_rms_norm, bias is not None, ctx.separate_dresidual
-    )
-    return (
-        dx,
-        dweight.to(weight.dtype),
-        None if bias is None else dbias.to(bias.dtype),
-        None if not ctx.has_residual else dresidual if ctx.separate_dresidual else dx,
-        *[None] * 5,
-    )
-
-
-torch.library.register_autograd("mamba_ssm::add_norm_fwd", _backward, setup_context=_setup_context, lib=_library)
-refuse_second_derivative("mamba_ssm::add_norm_bwd")
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dh):
+        h, weight, bias, scale, mean, rstd = ctx.saved_tensors
+        if dy is None:  # only h was used
+            dy = h.new_zeros(h.shape, dtype=ctx.x_dtype)
+        dx, dresidual, dweight, dbias = torch.ops.mamba_ssm.add_norm_bwd(
+            dy, dh if ctx.keep_sum else None, h, weight, scale, mean, rstd,
+            ctx.is_rms_norm, bias is not None, ctx.separate_dresidual,
+        )  # fmt: skip
+        return (
+            None,
+            dx,
+            dweight.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            None if not ctx.has_residual else dresidual if ctx.separate_dresidual else dx,
+            None,
+        )
 
 
 def _add_norm_kernel(
@@ -224,17 +227,12 @@ def _add_norm_kernel(
     for_backward = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, residual)
     )
-    y, h, _mean, _rstd = torch.ops.mamba_ssm.add_norm_fwd(
-        rows,
-        weight,
-        bias,
-        None if residual is None else residual.reshape(rows.shape),
-        drop_path_scale,
-        eps,
-        residual_in_fp32,
-        is_rms_norm,
-        not h_is_x and (prenorm or for_backward),
-    )
+    options = (eps, residual_in_fp32, is_rms_norm, not h_is_x and (prenorm or for_backward))
+    tensors = (rows, weight, bias, None if residual is None else residual.reshape(rows.shape), drop_path_scale)
+    if for_backward:
+        y, h = _AddNorm.apply(options, *tensors)
+    else:
+        y, h, _mean, _rstd = torch.ops.mamba_ssm.add_norm_fwd(*tensors, *options)
     return y.view(x.shape), x if h_is_x else h.view(x.shape) if prenorm else h
 
 

@@ -1,0 +1,308 @@
+// The operators mamba_ssm::mixer_fwd and _bwd of every device: what a mixer does between its two outer projections, in
+// one call. Schemas and what the arguments mean are in mamba_ssm/ops/mamba_inner.py.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../causal_conv1d/conv_ops.h"
+#include "../selective_scan/scan_arguments.h"
+#include "matrix_jobs.h"
+
+namespace mamba_ssm {
+
+// ---- each library's own --------------------------------------------------------------------------------------------
+
+// Products of matrices want their rows, and so the parts of a row, to begin at multiples of so many elements.
+extern const std::int64_t kColumnAlignment;
+
+// out = a b, or with `add` out += a b; out may be a part of a larger matrix.
+void multiply_matrices(const Tensor& out, const Tensor& a, const Tensor& b, bool add);
+void run_matrix_jobs(const std::vector<MatrixJob>& jobs, const Tensor& like);
+
+// ---- one direction of a mixer --------------------------------------------------------------------------------------
+
+constexpr int kDirectionTensors = 7;
+
+struct MixerDirection {
+  Tensor conv_weight;  // (channels, 1, width)
+  OptionalTensor conv_bias;
+  Tensor x_proj_weight;  // (rank + 2 states, channels)
+  Tensor dt_weight;      // (channels, rank)
+  OptionalTensor dt_bias;
+  Tensor A_log;  // (channels, states)
+  OptionalTensor D;
+  bool reverse;
+  int index;  // of the direction's first tensor among both directions'
+  std::int64_t channels, rank, states;
+  // A row of x_proj's output, and of its gradient: the inputs of Δ, B, C, each beginning at an aligned column.
+  std::int64_t rank_columns, state_columns, columns;
+
+  MixerDirection(const OptionalTensor* tensors, bool reverse, int index)
+      : conv_weight(*tensors[0]),
+        conv_bias(tensors[1]),
+        x_proj_weight(required(tensors[2], "x_proj_weight")),
+        dt_weight(required(tensors[3], "dt_weight")),
+        dt_bias(tensors[4]),
+        A_log(required(tensors[5], "A_log")),
+        D(tensors[6]),
+        reverse(reverse),
+        index(index) {
+    STD_TORCH_CHECK(A_log.dim() == 2 && dt_weight.dim() == 2 && conv_weight.dim() == 3,
+                    "A_log must be (channels, states), dt_weight (channels, rank), conv_weight (channels, 1, width)");
+    channels = A_log.size(0), states = A_log.size(1), rank = dt_weight.size(1);
+    check_shape(dt_weight, {channels, rank}, "dt_weight");
+    check_shape(x_proj_weight, {rank + 2 * states, channels}, "x_proj_weight");
+    const auto aligned = [](std::int64_t n) {
+      return (n + kColumnAlignment - 1) / kColumnAlignment * kColumnAlignment;
+    };
+    rank_columns = aligned(rank), state_columns = aligned(states), columns = rank_columns + 2 * state_columns;
+  }
+
+  bool has_gaps() const { return columns != rank + 2 * states; }
+  Tensor conv_rows() const { return torch::stable::squeeze(conv_weight, 1); }
+
+ private:
+  static const Tensor& required(const OptionalTensor& t, const char* name) {
+    STD_TORCH_CHECK(t.has_value(), name, ": got None beside a conv_weight");
+    return *t;
+  }
+};
+
+inline std::vector<MixerDirection> mixer_directions(const std::array<OptionalTensor, 2 * kDirectionTensors>& tensors) {
+  std::vector<MixerDirection> directions;
+  for (int i = 0; i < 2; ++i) {
+    const int first = i * kDirectionTensors;
+    if (tensors[first].has_value()) directions.emplace_back(&tensors[first], i == 1, first);
+  }
+  STD_TORCH_CHECK(!directions.empty(), "conv_weight: got None for both directions");
+  return directions;
+}
+
+// ---- matrices ------------------------------------------------------------------------------------------------------
+
+// (batch, channels, length) as (batch · length, channels), without a copy where t is channel-last.
+inline Tensor rows_of(const Tensor& t) {
+  return torch::stable::reshape(torch::stable::transpose(t, 1, 2), {t.size(0) * t.size(2), t.size(1)});
+}
+// (batch · length, channels) as (batch, channels, length).
+inline Tensor sequences_of(const Tensor& rows, const Tensor& like) {
+  return torch::stable::transpose(torch::stable::view(rows, {like.size(0), like.size(2), rows.size(1)}), 1, 2);
+}
+inline Tensor multiply(const Tensor& a, const Tensor& b) {
+  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
+  multiply_matrices(out, a, b, false);
+  return out;
+}
+inline Tensor part_of(Tensor t, std::int64_t dimension, std::int64_t first, std::int64_t count) {
+  return torch::stable::narrow(t, dimension, first, count);
+}
+inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+inline Tensor to_float(const Tensor& t) {
+  return torch::stable::contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+}
+inline OptionalTensor to_float(const OptionalTensor& t) { return t.has_value() ? to_float(*t) : t; }
+
+// to = from, both matrices or vectors.
+inline MatrixJob copy_job(const Tensor& from, const Tensor& to) {
+  const bool matrix = to.dim() > 1;
+  return {from.data_ptr(),
+          kernel_dtype(from, "from"),
+          matrix ? from.stride(0) : 0,
+          from.stride(from.dim() - 1),
+          nullptr,
+          false,
+          to.data_ptr(),
+          kernel_dtype(to, "to"),
+          matrix ? to.stride(0) : 0,
+          matrix ? to.size(0) : 1,
+          to.size(to.dim() - 1)};
+}
+inline MatrixJob zero_job(const Tensor& to) {
+  MatrixJob job = copy_job(to, to);
+  job.from = nullptr;
+  return job;
+}
+
+// The parts of x_proj's output, of its gradient or of the rows of its weight: where a part lies in a row, and where it
+// would without gaps.
+struct Part {
+  std::int64_t column, width, packed;
+};
+inline std::array<Part, 3> parts_of(const MixerDirection& d) {
+  return {Part{0, d.rank, 0}, Part{d.rank_columns, d.states, d.rank},
+          Part{d.rank_columns + d.state_columns, d.states, d.rank + d.states}};
+}
+
+// What is made of a direction's parameters before use.
+struct PreparedDirection {
+  Tensor A;         // (channels, states) float32: −exp(A_log)
+  Tensor x_proj;    // (columns, channels) in the activations' dtype, zeros in the gaps
+  Tensor dt;        // (channels, rank_columns) in the activations' dtype, for the backward pass
+  Tensor dt_float;  // (channels, rank) float32
+  OptionalTensor dt_bias, D;
+};
+inline std::vector<PreparedDirection> prepare(const std::vector<MixerDirection>& directions, const Tensor& x,
+                                              bool backward) {
+  std::vector<PreparedDirection> prepared;
+  std::vector<MatrixJob> jobs;
+  for (const MixerDirection& d : directions) {
+    PreparedDirection p{new_floats(x, {d.channels, d.states}),
+                        torch::stable::new_empty(x, {d.columns, d.channels}),
+                        torch::stable::new_empty(x, {backward ? d.channels : 0, d.rank_columns}),
+                        to_float(d.dt_weight),
+                        to_float(d.dt_bias),
+                        to_float(d.D)};
+    jobs.push_back(copy_job(d.A_log, p.A));
+    jobs.back().negative_exponential = true;
+    const auto rows = [](const Tensor& t, std::int64_t first, std::int64_t count) {
+      return part_of(t, 0, first, count);
+    };
+    std::int64_t end = 0;
+    for (const Part& part : parts_of(d)) {
+      if (part.column > end) jobs.push_back(zero_job(rows(p.x_proj, end, part.column - end)));
+      jobs.push_back(copy_job(rows(d.x_proj_weight, part.packed, part.width), rows(p.x_proj, part.column, part.width)));
+      end = part.column + part.width;
+    }
+    if (d.columns > end) jobs.push_back(zero_job(rows(p.x_proj, end, d.columns - end)));
+    if (backward) {
+      jobs.push_back(copy_job(d.dt_weight, part_of(p.dt, 1, 0, d.rank)));
+      if (d.rank_columns > d.rank) jobs.push_back(zero_job(part_of(p.dt, 1, d.rank, d.rank_columns - d.rank)));
+    }
+    prepared.push_back(std::move(p));
+  }
+  run_matrix_jobs(jobs, x);
+  return prepared;
+}
+
+// The parts of x_proj's output or of its gradient, (batch · length, columns), as (batch, width, length).
+inline std::array<Tensor, 3> split(const MixerDirection& d, const Tensor& rows, const Tensor& like) {
+  const Tensor sequences = sequences_of(rows, like);
+  std::array<Tensor, 3> result{sequences, sequences, sequences};
+  const auto parts = parts_of(d);
+  for (int i = 0; i < 3; ++i) result[i] = part_of(sequences, 1, parts[i].column, parts[i].width);
+  return result;
+}
+
+// ---- the operators -------------------------------------------------------------------------------------------------
+
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixer_forward(
+    Tensor x, Tensor z, OptionalTensor conv_weight, OptionalTensor conv_bias, OptionalTensor x_proj_weight,
+    OptionalTensor dt_weight, OptionalTensor dt_bias, OptionalTensor A_log, OptionalTensor D,
+    OptionalTensor conv_weight_b, OptionalTensor conv_bias_b, OptionalTensor x_proj_weight_b,
+    OptionalTensor dt_weight_b, OptionalTensor dt_bias_b, OptionalTensor A_b_log, OptionalTensor D_b, double scale,
+    bool delta_softplus, std::string method, std::int64_t checkpoint_steps) {
+  const auto directions =
+      mixer_directions({conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, conv_weight_b, conv_bias_b,
+                        x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b});
+  const auto prepared = prepare(directions, x, false);
+  OptionalTensor sum;
+  const auto nothing = [&] { return torch::stable::new_empty(x, {0}); };
+  std::array<Tensor, 4> kept{nothing(), nothing(), nothing(), nothing()};
+  for (std::size_t i = 0; i < directions.size(); ++i) {
+    const MixerDirection& d = directions[i];
+    const PreparedDirection& p = prepared[i];
+    const bool last = i + 1 == directions.size();
+    const Tensor u = conv_fwd(x, d.conv_rows(), d.conv_bias, std::nullopt, std::nullopt, true, d.reverse);
+    const Tensor projected = multiply(rows_of(u), transposed(p.x_proj));
+    const auto [dt, B, C] = split(d, projected, u);
+    const ScanArguments arguments{u,
+                                  dt,
+                                  p.A,
+                                  B,
+                                  C,
+                                  p.D,
+                                  last ? OptionalTensor(z) : std::nullopt,
+                                  p.dt_bias,
+                                  p.dt_float,
+                                  last ? scale : 1.0,
+                                  delta_softplus,
+                                  d.reverse,
+                                  method};
+    const auto [out, last_state, checkpoints] = scan_forward(arguments, std::nullopt, sum, !last, checkpoint_steps);
+    sum = out;
+    kept[d.reverse ? 2 : 0] = projected;
+    kept[d.reverse ? 3 : 1] = checkpoints;
+  }
+  return {*sum, kept[0], kept[1], kept[2], kept[3]};
+}
+
+using MixerGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                  Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline MixerGradients mixer_backward(Tensor dout, Tensor x, Tensor z, OptionalTensor conv_weight,
+                                     OptionalTensor conv_bias, OptionalTensor x_proj_weight, OptionalTensor dt_weight,
+                                     OptionalTensor dt_bias, OptionalTensor A_log, OptionalTensor D,
+                                     OptionalTensor conv_weight_b, OptionalTensor conv_bias_b,
+                                     OptionalTensor x_proj_weight_b, OptionalTensor dt_weight_b,
+                                     OptionalTensor dt_bias_b, OptionalTensor A_b_log, OptionalTensor D_b,
+                                     Tensor projected, Tensor checkpoints, Tensor projected_b, Tensor checkpoints_b,
+                                     double scale, bool delta_softplus, std::string method,
+                                     std::int64_t checkpoint_steps) {
+  const std::array<OptionalTensor, 2 * kDirectionTensors> parameters{
+      conv_weight,   conv_bias,   x_proj_weight,   dt_weight,   dt_bias,   A_log,   D,
+      conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b};
+  const auto directions = mixer_directions(parameters);
+  const auto prepared = prepare(directions, x, true);
+  std::vector<Tensor> gradients;
+  for (const OptionalTensor& t : parameters) {
+    gradients.push_back(t.has_value() ? torch::stable::new_empty(*t, t->sizes()) : torch::stable::new_empty(x, {0}));
+  }
+  std::vector<MatrixJob> jobs;
+  std::vector<Tensor> alive;  // what the jobs read
+  const auto finish = [&](int index, const Tensor& from) {
+    Tensor to = gradients[index];
+    if (to.dim() == 3) to = torch::stable::squeeze(to, 1);
+    jobs.push_back(copy_job(from, to));
+    alive.push_back(from);
+  };
+  OptionalTensor dx, dz;
+  for (std::size_t i = 0; i < directions.size(); ++i) {
+    const MixerDirection& d = directions[i];
+    const PreparedDirection& p = prepared[i];
+    const bool last = i + 1 == directions.size();
+    const Tensor& kept = d.reverse ? projected_b : projected;
+    const Tensor u = conv_fwd(x, d.conv_rows(), d.conv_bias, std::nullopt, std::nullopt, true, d.reverse);
+    const auto [dt, B, C] = split(d, kept, u);
+    const ScanArguments arguments{u,         dt,    p.A, B, C, p.D, z, p.dt_bias, p.dt_float, scale, delta_softplus,
+                                  d.reverse, method};
+    const Tensor dprojected =
+        d.has_gaps() ? torch::stable::new_zeros(x, kept.sizes()) : torch::stable::new_empty(x, kept.sizes());
+    const auto [ddt, dB, dC] = split(d, dprojected, u);
+    const MatrixTargets targets{torch::stable::unsqueeze(dB, 1), torch::stable::unsqueeze(dC, 1)};
+    const auto [du, ddelta, dA, unused_dB, unused_dC, dD, dz_sum, ddt_bias, dinitial_state] = scan_backward(
+        arguments, dout, std::nullopt, dz, d.reverse ? checkpoints_b : checkpoints, !last, checkpoint_steps, targets);
+    dz = dz_sum;
+
+    const Tensor ddelta_rows = rows_of(ddelta), du_rows = rows_of(du);
+    const auto dt_columns = [&](const Tensor& rows) { return part_of(rows, 1, 0, d.rank_columns); };
+    multiply_matrices(dt_columns(dprojected), ddelta_rows, p.dt, false);
+    const Tensor ddt_weight = multiply(transposed(dt_columns(kept)), ddelta_rows);  // (rank, channels): faster this way
+    const Tensor dx_proj_weight = multiply(transposed(dprojected), rows_of(u));
+    multiply_matrices(du_rows, dprojected, p.x_proj, true);
+    const auto [dx_sum, dconv_weight, dconv_bias, dinitial] = conv_bwd(
+        sequences_of(du_rows, u), x, d.conv_rows(), d.conv_bias, std::nullopt, std::nullopt, true, d.reverse, dx);
+    dx = dx_sum;
+
+    finish(d.index, dconv_weight);
+    if (d.conv_bias.has_value()) finish(d.index + 1, dconv_bias);
+    for (const Part& part : parts_of(d)) {
+      jobs.push_back(copy_job(part_of(dx_proj_weight, 0, part.column, part.width),
+                              part_of(gradients[d.index + 2], 0, part.packed, part.width)));
+    }
+    alive.push_back(dx_proj_weight);
+    finish(d.index + 3, transposed(part_of(ddt_weight, 0, 0, d.rank)));
+    if (d.dt_bias.has_value()) finish(d.index + 4, ddt_bias);
+    finish(d.index + 5, dA);
+    jobs.back().factor = float_data(p.A);  // dA/d(A_log) = A
+    if (d.D.has_value()) finish(d.index + 6, dD);
+  }
+  run_matrix_jobs(jobs, x);
+  const auto& g = gradients;
+  return {*dx, *dz, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]};
+}
+
+}  // namespace mamba_ssm
