@@ -1,11 +1,14 @@
 """`python -m vim.benchmark`: what it measures, writes and refuses."""
 
+import gc
 import json
 import re
+import weakref
 
 import pytest
 import torch
 
+from mamba_ssm.ops.discretization_ref import PAPER_METHODS
 from vim import benchmark
 from vim.benchmark import count_flops, create, main
 
@@ -20,6 +23,7 @@ def test_table_json_and_plot(tmp_path, capsys, monkeypatch, train):
     models = ["vim_tiny", "vit_tiny_patch16_224", "resnet18"]
     command = ["--models", *models, "--methods", "zoh", "rk4", *FAST, "--amp-dtype", "bfloat16"]
     command += ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "rows.png")]
+    command += ["--markdown", str(tmp_path / "rows.md")]
     assert main(command + ["--train"] * train) == 0
     record = json.loads((tmp_path / "rows.json").read_text())
     rows = record["rows"]
@@ -34,6 +38,11 @@ def test_table_json_and_plot(tmp_path, capsys, monkeypatch, train):
         assert row["images_per_s"] == pytest.approx(2 / row["latency_s"])
         assert row["memory_bytes"] is None or row["memory_bytes"] > 4 * row["parameters"]
         assert row["note"] is None
+    lines = (tmp_path / "rows.md").read_text().splitlines()
+    assert lines[0] == f"**{record['title']}**" and "32×32 pixels, batch 2:" in lines
+    for (name, method), row in zip(cases, rows, strict=True):
+        (line,) = (line for line in lines if line.startswith(f"| {name} | {method or ''} |"))
+        assert f"| {row['images_per_s']:.1f} | {row['latency_s'] * 1e3:.2f} |" in line
     assert record["settings"]["train"] is train and record["environment"]["packages"]["torch"]
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
@@ -50,6 +59,52 @@ def test_sizes_and_batches_are_all_combined(tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert [(row["input_size"], row["batch_size"]) for row in rows] == [(32, 1), (32, 2), (48, 1), (48, 2)]
     assert rows[0]["flops"] == rows[1]["flops"] < rows[2]["flops"]
+
+
+@pytest.mark.needs_kernel
+def test_paired_sizes_and_the_paper_s_methods(tmp_path):
+    path, text = tmp_path / "rows.json", tmp_path / "rows.md"
+    command = [*FAST, "--models", "vim_tiny", "vit_tiny_patch16_224", "--methods", "paper", "zoh"]
+    command += ["--input-size", "32", "48", "32", "--batch-size", "2", "1", "1", "--pair"]
+    assert main([*command, "--json", str(path), "--markdown", str(text)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    pairs = [(32, 2), (48, 1), (32, 1)]
+    models = [("vim_tiny", method) for method in PAPER_METHODS] + [("vit_tiny_patch16_224", None)]
+    assert [(row["model"], row["method"], row["input_size"], row["batch_size"]) for row in rows] == [
+        (*model, *pair) for model in models for pair in pairs
+    ]
+    titles = [line for line in text.read_text().splitlines() if line.endswith(":")]
+    assert titles == [f"{size}×{size} pixels, batch {batch}:" for size, batch in pairs]
+
+
+def test_models_of_earlier_rows_are_freed():
+    model = create("vit_tiny_patch16_224", None, 32, CPU, torch.float32)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # refers to itself
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is not None
+        benchmark.measure("vit_tiny_patch16_224", None, 32, 1, device=CPU, seconds=0.001)
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("train", [False, True])
+def test_cuda_graph(tmp_path, train):
+    path = tmp_path / "rows.json"
+    models = ["vim_base", "deit_tiny_patch16_224", "vim_tiny", "deit_tiny_patch16_224"]
+    command = ["--models", *models, "--input-size", "224", "--batch-size", "8", "--device", "cuda", "--seconds", "0.1"]
+    command += ["--amp-dtype", "bfloat16", "--cuda-graph", "--json", str(path)]
+    assert main(command + ["--train"] * train) == 0
+    record = json.loads(path.read_text())
+    rows = record["rows"]
+    assert "CUDA graphs" in record["title"] and all(row["images_per_s"] > 0 for row in rows)
+    assert rows[0]["memory_bytes"] > 4 * rows[0]["parameters"]
+    first, again = rows[1]["memory_bytes"], rows[3]["memory_bytes"]  # each alone: what ran before does not count
+    assert abs(first - again) <= 0.02 * first
 
 
 def test_reference_has_a_speed_but_no_flops(tmp_path, capsys, monkeypatch):
@@ -85,7 +140,10 @@ def out_of_memory_at(batch, step):
     [
         (["--models", "vim_tinny"], "timm knows no model 'vim_tinny'; is it one of vim_tiny"),
         (["--models", "Qqqqqq"], "timm knows no model 'Qqqqqq'; timm.list_models"),
-        (["--methods", "euler"], "unknown method 'euler'; choose of zoh, foh"),
+        (["--methods", "euler"], "unknown method 'euler'; choose of zoh, foh.*or paper"),
+        (["--pair", "--input-size", "32", "48"], "--pair: got 2 image sizes and 1 batch sizes; give as many"),
+        (["--cuda-graph"], "--cuda-graph: the device is cpu; expected a GPU"),
+        (["--markdown", "nowhere/rows.md"], "--markdown nowhere/rows.md: there is no folder nowhere"),
         (["--device", "cuda:63"], "GPUs; use --device cpu"),
         (["--device", "meta"], "got 'meta'; expected cpu, cuda or cuda:N"),
         (["--device", "abacus"], "got 'abacus'; expected cpu, cuda or cuda:N"),

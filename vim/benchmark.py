@@ -4,9 +4,11 @@ Every model of timm's registry × method (Vision Mamba only) × image size × ba
 median latency, peak memory, parameters and FLOPs. Models have random weights and no stochastic depth; images are noise.
 
 - Latency is the median over calls for at least --seconds, by torch.utils.benchmark, which waits for the GPU. The call
-  is a forward pass in inference mode, or with --train forward, cross-entropy and backward, no optimizer.
-- Peak memory: on a GPU the most that tensors took during these calls, model and images included; on the CPU the most
-  that the whole process held (None where the system has no /proc). CPU figures of one run depend on the rows before.
+  is a forward pass in inference mode, or with --train forward, cross-entropy and backward, no optimizer. With
+  --cuda-graph it is a replay of the call as a CUDA graph: the GPU's own time, without Python's.
+- Peak memory: on a GPU the most that the tensors of this model and its images took during such calls, what was there
+  before them taken off; on the CPU the most that the whole process held (None where the system has no /proc), so that
+  the rows before count too.
 - FLOPs are per image, of the same call, by torch.utils.flop_counter: a multiply-add counts as two, elementwise
   operations and norms count as nothing. See `count_flops`.
 """
@@ -14,9 +16,11 @@ median latency, peak memory, parameters and FLOPs. Models have random weights an
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -32,15 +36,19 @@ from rich.table import Table
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import vim.models_mamba  # noqa: F401, registers the Vision Mamba models with timm
 from mamba_ssm.modules.mamba_simple import Mamba
-from mamba_ssm.ops.discretization_ref import METHODS
+from mamba_ssm.ops.discretization_ref import METHODS, PAPER_METHODS
 from vim.provenance import environment
 
+METHOD_GROUPS = {"all": tuple(METHODS), "paper": PAPER_METHODS}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+Step = Callable[[nn.Module, Tensor], None]
 
 
 class BenchmarkError(Exception):
@@ -142,11 +150,48 @@ def measure(
     amp_dtype: torch.dtype | None = None,
     train: bool = False,
     seconds: float = 2.0,
+    cuda_graph: bool = False,
 ) -> Row:
     """One row of the table; a model that does not fit into the GPU's memory gives one with a note.
 
+    cuda_graph: time replays of a CUDA graph of the call; `device` must be a GPU then.
     Raises BenchmarkError where the model cannot be built or does not take such images.
     """
+    with _alone_on(device):
+        options = {"device": device, "dtype": dtype, "amp_dtype": amp_dtype, "train": train}
+        return _measure(name, method, input_size, batch_size, **options, seconds=seconds, cuda_graph=cuda_graph)
+
+
+@contextmanager
+def _alone_on(device: torch.device) -> Iterator[None]:
+    """What earlier rows left is freed. On a GPU, calls are on a stream that a graph can be captured from."""
+    gc.collect()  # a model whose forward is wrapped refers to itself
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()  # they lie among the tensors, and the first row would pay for all
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            yield
+        torch.cuda.synchronize()
+
+
+def _measure(
+    name: str,
+    method: str | None,
+    input_size: int,
+    batch_size: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    amp_dtype: torch.dtype | None,
+    train: bool,
+    seconds: float,
+    cuda_graph: bool,
+) -> Row:
+    held_before = _allocated(device)
     model = create(name, method, input_size, device, dtype).train(train)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     row = Row(name, method, input_size, batch_size, parameters)
@@ -157,11 +202,10 @@ def measure(
     try:
         step(model, images)  # what is chosen, compiled or allocated with the first call
         _reset_peak_memory(device)
-        names = {"step": step, "model": model, "images": images}
-        timer = Timer("step(model, images)", globals=names, num_threads=torch.get_num_threads())
-        timing = timer.blocked_autorange(min_run_time=seconds)
-        memory = _peak_memory(device)
-        flops, note = _flops_per_image(model, images, train)
+        step(model, images)
+        memory = _peak_memory(device, held_before)
+        timing = _timing(step, model, images, seconds, cuda_graph)
+        flops, note = _flops_per_image(model, images[:2], train)  # two: batch norm in training wants more than one
     except torch.OutOfMemoryError:
         return replace(row, note=f"{name}, {batch_size} images of {input_size}² pixels: out of memory on {device}")
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -180,6 +224,19 @@ def measure(
     )
 
 
+def _timing(step: Step, model: nn.Module, images: Tensor, seconds: float, cuda_graph: bool) -> Measurement:
+    statement, names = "step(model, images)", {"step": step, "model": model, "images": images}
+    if cuda_graph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph takes memory of its own
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            step(model, images)
+        statement, names = "graph.replay()", {"graph": graph}
+    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds)
+
+
 def _flops_per_image(model: nn.Module, images: Tensor, train: bool) -> tuple[int | None, str | None]:
     try:
         return count_flops(model, images, train) // len(images), None
@@ -195,9 +252,13 @@ def _reset_peak_memory(device: torch.device) -> None:
         clear.write_text("5")  # sets VmHWM to what is resident now
 
 
-def _peak_memory(device: torch.device) -> int | None:
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _peak_memory(device: torch.device, held_before: int) -> int | None:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) - held_before
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -207,34 +268,56 @@ def _peak_memory(device: torch.device) -> int | None:
 # ---- what is shown and written ---------------------------------------------------------------------------------------
 
 
+COLUMNS = (
+    "model",
+    "method",
+    "size",
+    "batch",
+    "images/s",
+    "latency, ms",
+    "memory, MiB",
+    "parameters, M",
+    "GFLOPs/image",
+)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.model,
+        row.method or "",
+        str(row.input_size),
+        str(row.batch_size),
+        _figure(row.images_per_s, 1, ".1f"),
+        _figure(row.latency_s, 1e-3, ".2f"),
+        _figure(row.memory_bytes, 2**20, ".0f"),
+        _figure(row.parameters, 1e6, ".2f"),
+        _figure(row.flops, 1e9, ".3f"),
+    )
+
+
 def table(rows: Sequence[Row], title: str) -> Table:
     result = Table(title=title, title_justify="left")
-    columns = (
-        "model",
-        "method",
-        "size",
-        "batch",
-        "images/s",
-        "latency, ms",
-        "memory, MiB",
-        "parameters, M",
-        "GFLOPs/image",
-    )
-    for i, column in enumerate(columns):
+    for i, column in enumerate(COLUMNS):
         result.add_column(column, justify="left" if i < 2 else "right")
     for row in rows:
-        result.add_row(
-            row.model,
-            row.method or "",
-            str(row.input_size),
-            str(row.batch_size),
-            _figure(row.images_per_s, 1, ".1f"),
-            _figure(row.latency_s, 1e-3, ".2f"),
-            _figure(row.memory_bytes, 2**20, ".0f"),
-            _figure(row.parameters, 1e6, ".2f"),
-            _figure(row.flops, 1e9, ".3f"),
-        )
+        result.add_row(*_cells(row))
     return result
+
+
+def markdown(rows: Sequence[Row], title: str) -> str:
+    """One table for each image and batch size, in the order in which they first come, and the notes."""
+    head = [name for name in COLUMNS if name not in ("size", "batch")]
+    parts = [f"**{title}**"]
+    for size, batch in dict.fromkeys((row.input_size, row.batch_size) for row in rows):
+        of_size = [_cells(row) for row in rows if (row.input_size, row.batch_size) == (size, batch)]
+        lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *(cells[:2] + cells[4:] for cells in of_size)]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append(f"{size}×{size} pixels, batch {batch}:\n\n{table}")
+    return "\n\n".join([*parts, *_notes(rows)]) + "\n"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.note for row in rows if row.note))
 
 
 def _figure(value: float | None, unit: float, form: str) -> str:
@@ -293,18 +376,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--models", nargs="+", default=["vim_tiny"], metavar="NAME", help="any of timm's registry")
     parser.add_argument(
-        "--methods", nargs="+", default=["zoh"], metavar="METHOD", help="discretizations of Vision Mamba, or all"
+        "--methods",
+        nargs="+",
+        default=["zoh"],
+        metavar="METHOD",
+        help="discretizations of Vision Mamba; all; paper: its six",
     )
     parser.add_argument("--input-size", nargs="+", type=_positive, default=[224], metavar="PIXELS", help="side")
     parser.add_argument("--batch-size", nargs="+", type=_positive, default=[8], metavar="IMAGES")
+    parser.add_argument(
+        "--pair", action="store_true", help="the first size with the first batch size, and so on; else all with all"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda if there is a GPU, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images")
     parser.add_argument("--amp-dtype", choices=("bfloat16", "float16"), help="autocast")
     parser.add_argument("--train", action="store_true", help="a training step instead of inference")
+    parser.add_argument("--cuda-graph", action="store_true", help="time replays of a CUDA graph; needs a GPU")
     parser.add_argument("--seconds", type=_seconds, default=2.0, help="at least this long a row (default: 2)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="rows, settings and versions; written after every row"
     )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the table; written after every row")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     return parser
 
@@ -331,8 +423,14 @@ def _check(args: argparse.Namespace) -> None:
             raise BenchmarkError(f"--models: timm knows no model {name!r}; {hint}")
     for name in args.methods:
         if name not in METHODS:
-            raise BenchmarkError(f"--methods: unknown method {name!r}; choose of {', '.join(METHODS)}, or all")
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
+            choices = ", ".join(METHODS)
+            raise BenchmarkError(f"--methods: unknown method {name!r}; choose of {choices}, or all, or paper")
+    if args.pair and len(args.input_size) != len(args.batch_size):
+        raise BenchmarkError(
+            f"--pair: got {len(args.input_size)} image sizes and {len(args.batch_size)} batch sizes; "
+            "give as many --batch-size as --input-size"
+        )
+    for option, path in (("--json", args.json), ("--markdown", args.markdown), ("--plot", args.plot)):
         if path is not None and not path.parent.is_dir():
             raise BenchmarkError(f"{option} {path}: there is no folder {path.parent}")
     if args.plot is not None and args.plot.suffix != ".png":
@@ -343,8 +441,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.methods == ["all"]:
-        args.methods = list(METHODS)
+    args.methods = list(dict.fromkeys(m for name in args.methods for m in METHOD_GROUPS.get(name, (name,))))
     console = Console()
     try:
         _check(args)
@@ -352,24 +449,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BenchmarkError as error:
         print(f"vim.benchmark: error: {error}", file=sys.stderr)
         return 2
-    for note in dict.fromkeys(row.note for row in rows if row.note):
+    for note in _notes(rows):
         console.print(note, highlight=False)
     return 0
 
 
 def _run(args: argparse.Namespace, device: torch.device, console: Console) -> list[Row]:
+    if args.cuda_graph and device.type != "cuda":
+        raise BenchmarkError(f"--cuda-graph: the device is {device}; expected a GPU: leave it out, or --device cuda")
     hardware = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
     precision = args.dtype + (f", autocast to {args.amp_dtype}" if args.amp_dtype else "")
-    title = f"{'training step' if args.train else 'inference'} on {hardware}, {precision}"
+    graph = ", CUDA graphs" if args.cuda_graph else ""
+    title = f"{'training step' if args.train else 'inference'} on {hardware}, {precision}{graph}"
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     record = {"title": title, "settings": settings, "hardware": hardware, "environment": environment()}
+    sizes = list((zip if args.pair else product)(args.input_size, args.batch_size))
     cases = [
         (name, method, size, batch)
         for name in args.models
         for method in (args.methods if _is_vision_mamba(name) else [None])
-        for size, batch in product(args.input_size, args.batch_size)
+        for size, batch in sizes
     ]
     rows: list[Row] = []
     for name, method, size, batch in cases:
@@ -384,10 +485,13 @@ def _run(args: argparse.Namespace, device: torch.device, console: Console) -> li
                 amp_dtype=DTYPES[args.amp_dtype] if args.amp_dtype else None,
                 train=args.train,
                 seconds=args.seconds,
+                cuda_graph=args.cuda_graph,
             )
         rows.append(row)
         if args.json is not None:
             args.json.write_text(json.dumps({**record, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        if args.markdown is not None:
+            args.markdown.write_text(markdown(rows, title), encoding="utf-8")
     console.print(table(rows, title))
     if args.plot is not None:
         plot(rows, title, args.plot)
