@@ -14,7 +14,7 @@ import mamba_ssm
 
 needs_kernel = pytest.mark.needs_kernel
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("mamba_ssm", "causal_conv1d", "vim")
+PACKAGES = ("mamba_ssm", "causal_conv1d", "vim", "seg", "det")
 LIBRARY = Path(mamba_ssm.__file__).with_name("_C_cpu.so")
 
 # In the compiler's place: compiling takes minutes, and another test sees to it. Linking yields the library that is

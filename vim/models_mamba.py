@@ -30,6 +30,7 @@ from vim.pos_embed import cls_indices, insert_tokens, remove_tokens, resize_pos_
 from vim.rope import VisionRotaryEmbedding, rotate
 
 POOL_TYPES = ("none", "mean", "max", "all")
+FEATURE_KINDS = ("sum", "norm", "branch")
 
 # Parameters without weight decay: those of the state space, the position embedding and class tokens.
 NO_WEIGHT_DECAY = {"A_log", "A_b_log", "D", "D_b", "pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
@@ -423,6 +424,8 @@ class VisionMamba(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        *,
+        kinds: Sequence[str] | None = None,
     ) -> list[Any] | tuple[Tensor, list[Any]]:
         """Feature maps of chosen blocks, as timm's models give them.
 
@@ -436,12 +439,15 @@ class VisionMamba(nn.Module):
             stop_early: do not run the blocks after the last wanted one.
             output_fmt: "NCHW": (B, D, rows, columns), a view of channel-last memory; "NLC": (B, rows · columns, D).
             intermediates_only: return the list of features alone.
+            kinds: what each feature is, one of `FEATURE_KINDS` per index, over `norm`: "sum" the residual stream,
+                "norm" that after the final norm, "branch" what the block itself gives, before it is added.
         Returns:
             (all tokens after the final norm (B, L, D), features), or the features.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC'; got {output_fmt!r}")
         wanted, last = feature_take_indices(self.num_stages, indices)
+        kind_of = self._feature_kinds(wanted, kinds, "norm" if norm else "sum")
         x, grid, cls = self._embed(x)
         rope = self._rope_tables(grid)
 
@@ -449,9 +455,8 @@ class VisionMamba(nn.Module):
         hidden_states, residual = x, None
         for stage in range(last + 1 if stop_early else self.num_stages):
             hidden_states, residual = self._stage(stage, hidden_states, residual, rope)
-            if stage in wanted:
-                normed, summed = self.norm_f(hidden_states, residual)
-                tokens = normed if norm else summed
+            if kind := kind_of.get(stage):
+                tokens = hidden_states if kind == "branch" else self.norm_f(hidden_states, residual)[kind == "sum"]
                 feature = remove_tokens(tokens, cls)
                 if output_fmt == "NCHW":
                     feature = feature.transpose(1, 2).unflatten(2, grid)
@@ -459,6 +464,14 @@ class VisionMamba(nn.Module):
         if intermediates_only:
             return features
         return self.norm_f(hidden_states, residual)[0], features
+
+    @staticmethod
+    def _feature_kinds(wanted: Sequence[int], kinds: Sequence[str] | None, default: str) -> dict[int, str]:
+        """The kind of each wanted stage's feature."""
+        kinds = [default] * len(wanted) if kinds is None else kinds
+        if len(kinds) != len(wanted) or not set(kinds) <= set(FEATURE_KINDS):
+            raise ValueError(f"kinds must be {len(wanted)} of {', '.join(FEATURE_KINDS)}, one per index; got {kinds!r}")
+        return dict(zip(wanted, kinds, strict=True))
 
     def _embed(self, x: Tensor, random_cls: bool = False) -> tuple[Tensor, tuple[int, int], tuple[int, ...]]:
         """Images -> the sequence (B, L, D), the patch grid, and where in the sequence the class tokens stand."""

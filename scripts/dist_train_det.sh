@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Trains det/configs on several GPUs; see scripts/dist_train.sh.
+set -euo pipefail
+
+task=det
+# shellcheck source=scripts/dist_train.sh
+source "$(dirname "${BASH_SOURCE[0]}")/dist_train.sh"

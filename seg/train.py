@@ -1,0 +1,8 @@
+"""Train a configuration: python seg/train.py --help."""
+
+import sys
+
+from vim.openmmlab.runs import train
+
+if __name__ == "__main__":
+    sys.exit(train(None, "seg"))

@@ -1,0 +1,283 @@
+"""What seg/ and det/ do with a configuration: check it, train, test, draw the prediction for one image.
+
+The command lines are OpenMMLab's usual ones. Whatever the caller can mend is a `RunError`, before anything is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner.checkpoint import _load_checkpoint
+from mmengine.utils import import_modules_from_strings
+
+from vim.checkpoint import CheckpointError
+
+
+class RunError(Exception):
+    """Something in the configuration or the command line that the caller can mend; the message says how."""
+
+
+# ---- Command lines -------------------------------------------------------------------------------------------------
+
+
+def train(argv: Sequence[str] | None, task: str) -> int:
+    """`{seg,det}/train.py`. Returns the exit status; 2 for a RunError or CheckpointError, said on standard error."""
+    parser = argparse.ArgumentParser(description=f"Train with MMEngine's runner ({task}).")
+    parser.add_argument("config", help="configuration file")
+    parser.add_argument("--work-dir", help="folder of logs and checkpoints (default output/CONFIG)")
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="go on; default: the last one")
+    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16; needs a GPU")
+    return _main(parser, argv, task, _train)
+
+
+def test(argv: Sequence[str] | None, task: str) -> int:
+    """`{seg,det}/test.py`: the test set's metrics, and pictures. Exit status as `train`."""
+    parser = argparse.ArgumentParser(description=f"Evaluate a checkpoint with MMEngine's runner ({task}).")
+    parser.add_argument("config", help="configuration file")
+    parser.add_argument("checkpoint")
+    parser.add_argument("--work-dir", help="folder of the log (default output/CONFIG)")
+    parser.add_argument("--show-dir", metavar="FOLDER", help="draw truth and prediction of every image there")
+    if task == "seg":
+        parser.add_argument(
+            "--tta", action="store_true", help="several scales, each flipped too: the config's tta_pipeline"
+        )
+    return _main(parser, argv, task, _test)
+
+
+def infer(argv: Sequence[str] | None, task: str) -> int:
+    """`{seg,det}/infer.py`: one image's prediction as an overlay. Exit status as `train`."""
+    parser = argparse.ArgumentParser(description=f"Draw the prediction for an image over it ({task}).")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("--run", type=Path, metavar="FOLDER", help="a training's folder: its config, last checkpoint")
+    parser.add_argument("--config", type=Path, help="configuration file, over that of --run")
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint, over that of --run")
+    parser.add_argument("--out", type=Path, help="PNG to write (default: IMAGE-prediction.png in this folder)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    if task == "det":
+        parser.add_argument("--score", type=float, default=0.3, help="draw what has at least this score")
+    return _main(parser, argv, task, _infer)
+
+
+def _main(parser: argparse.ArgumentParser, argv: Sequence[str] | None, task: str, command: Any) -> int:
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="over the config's")
+    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    try:
+        command(args, task)
+    except (RunError, CheckpointError) as error:
+        print(f"{task}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(args: argparse.Namespace, task: str) -> None:
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("output") / Path(args.config).stem)
+    if args.amp:
+        _use_amp(cfg)
+    if args.resume:
+        cfg.resume = True
+        if args.resume != "auto":
+            cfg.load_from = args.resume
+    check_data(cfg, ("train", "val"))
+    source = cfg.get("load_from") or (find_latest_checkpoint(cfg.work_dir) if cfg.resume else None)
+    runner = Runner.from_cfg(cfg)
+    if source is not None:
+        check_weights(runner.model, source)
+    runner.train()
+
+
+def _test(args: argparse.Namespace, task: str) -> None:
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("output") / Path(args.config).stem)
+    cfg.load_from = args.checkpoint
+    if args.show_dir is not None:
+        cfg.default_hooks.visualization.update(draw=True, interval=1)
+        if task == "det":
+            cfg.default_hooks.visualization.test_out_dir = str(Path(args.show_dir).resolve())
+        else:
+            cfg.visualizer.save_dir = args.show_dir
+    if getattr(args, "tta", False):
+        if "tta_pipeline" not in cfg:
+            raise RunError(f"--tta needs a tta_pipeline in {args.config}, as seg/configs/_base_/ade20k.py has one")
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.tta_model.module = cfg.model
+        cfg.model = cfg.tta_model
+    check_data(cfg, ("test",))
+    runner = Runner.from_cfg(cfg)
+    check_weights(getattr(runner.model, "module", runner.model), args.checkpoint)
+    runner.test()
+
+
+def _infer(args: argparse.Namespace, task: str) -> None:
+    if args.run is None and (args.config is None or args.checkpoint is None):
+        raise RunError("give --run FOLDER, or --config FILE and --checkpoint FILE")
+    config, checkpoint = args.config or _config_of(args.run), args.checkpoint or find_latest_checkpoint(str(args.run))
+    if checkpoint is None:
+        raise RunError(f"no checkpoint in '{args.run}': train first, or give --checkpoint FILE")
+    if not args.image.is_file():
+        raise RunError(f"no image at '{args.image}'")
+    model = load_model(config, checkpoint, args.cfg_options, args.device)
+    out = args.out or Path(f"{args.image.stem}-prediction.png")
+    if task == "seg":
+        from mmseg.apis import inference_model, show_result_pyplot
+
+        show_result_pyplot(
+            model, str(args.image), inference_model(model, str(args.image)), show=False, out_file=str(out),
+            save_dir=None, with_labels=False,
+        )  # fmt: skip
+    else:
+        import mmcv
+        from mmdet.apis import inference_detector
+        from mmdet.registry import VISUALIZERS
+
+        result = inference_detector(model, str(args.image))
+        visualizer = VISUALIZERS.build(model.cfg.visualizer)
+        visualizer.dataset_meta = model.dataset_meta
+        image = mmcv.imread(str(args.image), channel_order="rgb")
+        visualizer.add_datasample(
+            out.name, image, result, draw_gt=False, show=False, pred_score_thr=args.score, out_file=str(out)
+        )
+    print(out)
+
+
+def _config_of(folder: Path) -> Path:
+    """The configuration that a training saved in its folder."""
+    found = sorted(folder.glob("*.py"))
+    if len(found) != 1:
+        raise RunError(f"'{folder}' holds {len(found)} configurations: give --config FILE")
+    return found[0]
+
+
+def load_model(
+    config: str | Path, checkpoint: str | Path, options: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> torch.nn.Module:
+    """A trained model in eval mode, with `cfg` and `dataset_meta`, as the frameworks' inference functions want it."""
+    cfg = load_config(config, options)
+    if cfg.default_scope == "mmseg":
+        from mmseg.apis import init_model as build
+    else:
+        from mmdet.apis import init_detector as build
+    cfg.model.backbone.pretrained = None  # all weights come from the checkpoint
+    model = build(cfg, None, device=device)
+    state = check_weights(model, checkpoint)
+    model.load_state_dict(state)
+    model.dataset_meta = _metainfo(cfg.test_dataloader.dataset)
+    return model.eval()
+
+
+# ---- Checks --------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> Config:
+    """The configuration with `options` over it, its modules imported and checked. Raises RunError."""
+    if not Path(path).is_file():
+        raise RunError(f"no configuration at '{path}'; there are some in seg/configs and det/configs")
+    cfg = Config.fromfile(str(path))
+    cfg.merge_from_dict(dict(options or {}))
+    import_modules_from_strings(**cfg.get("custom_imports", {"imports": []}))
+    check_classes(cfg)
+    return cfg
+
+
+def _use_amp(cfg: Config) -> None:
+    if not torch.cuda.is_available():
+        raise RunError("--amp needs a GPU: leave it out")
+    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("dtype", "bfloat16")
+
+
+def _innermost(dataset: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The data set inside of wrappers such as RepeatDataset."""
+    while "dataset" in dataset:
+        dataset = dataset["dataset"]
+    return dataset
+
+
+def check_data(cfg: Config, splits: Sequence[str]) -> None:
+    """Every file and folder that the data sets of `splits` name is there. Raises RunError for the first that is not."""
+    for split in splits:
+        loader = cfg.get(f"{split}_dataloader")
+        if loader is None:
+            continue
+        dataset = _innermost(loader["dataset"])
+        root = Path(dataset.get("data_root") or "")
+        parts = [dataset.get("ann_file") or "", *(dataset.get("data_prefix") or {}).values()]
+        for path in (root, *(root / part for part in parts if part)):
+            if not path.exists():
+                made = "python tools/make_digit_scenes.py makes it" if "digit" in str(root) else "download it"
+                raise RunError(
+                    f"the data set of {split}_dataloader is not there: no '{path}'. Give its folder with --cfg-options "
+                    f"{split}_dataloader.dataset.data_root=FOLDER, or {made} (see the README of the data sets)"
+                )
+
+
+def _metainfo(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    from mmengine.registry import DATASETS, DefaultScope
+
+    dataset = _innermost(dataset)
+    known = DATASETS.switch_scope_and_registry(DefaultScope.get_current_instance().scope_name)
+    with known as registry:
+        cls = registry.get(dataset["type"])
+    return {**getattr(cls, "METAINFO", {}), **(dataset.get("metainfo") or {})}
+
+
+def check_classes(cfg: Config) -> None:
+    """Every head has as many classes as the training set. Raises RunError."""
+    if "train_dataloader" not in cfg:
+        return
+    from mmengine.registry import init_default_scope
+
+    init_default_scope(cfg.default_scope)
+    classes = _metainfo(cfg.train_dataloader.dataset).get("classes")
+    if classes is None:
+        return
+    for key, count in _class_counts(cfg.model, "model"):
+        if count != len(classes):
+            raise RunError(
+                f"{key}={count}, but the training set has {len(classes)} classes: --cfg-options {key}={len(classes)}"
+            )
+
+
+def _class_counts(node: Any, path: str) -> Iterator[tuple[str, int]]:
+    """(path, value) of every num_classes under a model's configuration."""
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list | tuple) else ()
+    for key, child in children:
+        if key == "num_classes":
+            yield f"{path}.{key}", child
+        else:
+            yield from _class_counts(child, f"{path}.{key}")
+
+
+def check_weights(model: torch.nn.Module, source: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict of a runner's checkpoint, if it has every parameter of `model` in its shape.
+
+    Raises CheckpointError that names those that are missing or mis-shaped; MMEngine would only warn.
+    """
+    source = str(source)
+    if "://" not in source and not Path(source).is_file():
+        raise CheckpointError(f"no checkpoint at '{source}'")
+    checkpoint = _load_checkpoint(source, map_location="cpu")
+    state = checkpoint.get("state_dict", checkpoint)
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    other = [name for name in own if name in state and state[name].shape != own[name].shape]
+    if missing or other:
+        shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in other[:3]]
+        raise CheckpointError(
+            f"{source} does not fit this model: {len(missing)} parameters missing {missing[:3]}, {len(other)} of "
+            f"another shape ({'; '.join(shapes)}). Give the configuration and the options that it was trained with"
+        )
+    return {name: state[name] for name in own}
