@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -33,16 +32,16 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-import vim.models_mamba  # noqa: F401, registers the Vision Mamba models with timm
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import METHODS, PAPER_METHODS
+from vim.config import is_vision_mamba
 from vim.provenance import environment
+from vim.trained import UsageError, choose_device, require_known_model
 
 METHOD_GROUPS = {"all": tuple(METHODS), "paper": PAPER_METHODS}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +50,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Step = Callable[[nn.Module, Tensor], None]
 
 
-class BenchmarkError(Exception):
+class BenchmarkError(UsageError):
     """Something that was asked for cannot be measured; the message says why."""
 
 
@@ -129,14 +128,10 @@ def create(name: str, method: str | None, input_size: int, device: torch.device,
     return model.to(device, dtype)
 
 
-def _is_vision_mamba(name: str) -> bool:
-    return is_model_in_modules(name, {"models_mamba"})
-
-
 def _takes_image_size(name: str) -> bool:
     """Models that are not told take any size."""
     config = timm.get_pretrained_cfg(name)
-    return _is_vision_mamba(name) or (config is not None and config.fixed_input_size)
+    return is_vision_mamba(name) or (config is not None and config.fixed_input_size)
 
 
 def measure(
@@ -401,26 +396,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BenchmarkError(f"--device: got {name!r}; expected cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise BenchmarkError(f"--device: got {name!r}; expected cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BenchmarkError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
-    return device
-
-
 def _check(args: argparse.Namespace) -> None:
     for name in args.models:
-        if not timm.is_model(name):
-            similar = get_close_matches(name, timm.list_models())
-            hint = f"is it one of {', '.join(similar)}?" if similar else "timm.list_models() lists all"
-            raise BenchmarkError(f"--models: timm knows no model {name!r}; {hint}")
+        require_known_model(name, "--models")
     for name in args.methods:
         if name not in METHODS:
             choices = ", ".join(METHODS)
@@ -445,8 +423,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         _check(args)
-        rows = _run(args, _device(args.device), console)
-    except BenchmarkError as error:
+        rows = _run(args, choose_device(args.device), console)
+    except UsageError as error:
         print(f"vim.benchmark: error: {error}", file=sys.stderr)
         return 2
     for note in _notes(rows):
@@ -469,7 +447,7 @@ def _run(args: argparse.Namespace, device: torch.device, console: Console) -> li
     cases = [
         (name, method, size, batch)
         for name in args.models
-        for method in (args.methods if _is_vision_mamba(name) else [None])
+        for method in (args.methods if is_vision_mamba(name) else [None])
         for size, batch in sizes
     ]
     rows: list[Row] = []

@@ -66,7 +66,7 @@ def _above(bound: float, kind: type = float, *, or_equal: bool = False) -> Calla
     return parse
 
 
-_positive_int = _above(0, int)
+positive_int = _above(0, int)
 _count = _above(0, int, or_equal=True)
 _positive = _above(0)
 _not_negative = _above(0, or_equal=True)
@@ -86,7 +86,7 @@ def _below_one(text: str) -> float:
     return value
 
 
-def _key_value(text: str) -> tuple[str, Any]:
+def key_value(text: str) -> tuple[str, Any]:
     """`KEY=VALUE` with VALUE a Python literal, or else a string."""
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
@@ -126,10 +126,10 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--model", default="vim_tiny", help="any model of timm's registry, Vision Mamba's included (default: vim_tiny)")
-    add("--model-kwargs", nargs="+", type=_key_value, default=[], metavar="KEY=VALUE",
+    add("--model-kwargs", nargs="+", type=key_value, default=[], metavar="KEY=VALUE",
         help="further arguments of the model, e.g. depth=4 embed_dim=64 patch_size=2")  # fmt: skip
     add("--discretization-method", choices=tuple(METHODS), help="of the state space, Vision Mamba only (default: zoh)")
-    add("--input-size", type=_positive_int, nargs="+", default=[224], metavar="PIXELS",
+    add("--input-size", type=positive_int, nargs="+", default=[224], metavar="PIXELS",
         help="of the images: one number, or height and width (default: 224; DIGITS: 8)")  # fmt: skip
     add("--drop", type=_below_one, help="dropout rate (default: the model's)")
     add("--drop-path", type=_below_one, help="stochastic depth rate (default: the model's)")
@@ -150,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         "hfids/… of timm (default: IMNET)")  # fmt: skip
     add("--data-path", help="folder of the data set")
     add("--inat-category", choices=INAT_CATEGORIES, default="name", help="what is classified, INAT and INAT19 only")
-    add("--num-classes", type=_positive_int, help="of a data set that does not say (wds/…); checked where it does")
+    add("--num-classes", type=positive_int, help="of a data set that does not say (wds/…); checked where it does")
     add("--train-split", help="split or shards to train on, wds/…, hfds/… and hfids/… only (default: train)")
     add("--val-split", help="split or shards to evaluate on (default: validation)")
     add("--num_workers", "--num-workers", type=_count, default=min(10, os.cpu_count() or 1), help="image files only")
@@ -158,9 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--batch-size", type=_positive_int, default=64, help="of each process and backward pass (default: 64)")
-    add("--grad-accum-steps", type=_positive_int, default=1, metavar="N", help="batches per update (default: 1)")
-    add("--epochs", type=_positive_int, default=300)
+    add("--batch-size", type=positive_int, default=64, help="of each process and backward pass (default: 64)")
+    add("--grad-accum-steps", type=positive_int, default=1, metavar="N", help="batches per update (default: 1)")
+    add("--epochs", type=positive_int, default=300)
     add("--start_epoch", "--start-epoch", type=_count, default=0, help="first epoch, if not resumed")
     add("--train-mode", action=argparse.BooleanOptionalAction, default=True, help="no: train without dropped paths")
     add("--opt", default="adamw", help="optimizer, any of timm's (default: adamw)")
@@ -214,7 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic")
     add("--reprob", type=_probability, default=0.25, help="probability of random erasing")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel")
-    add("--recount", type=_positive_int, default=1)
+    add("--recount", type=positive_int, default=1)
     add("--eval-crop-ratio", type=_positive, default=0.875)
 
     group = parser.add_argument_group("run")
@@ -223,7 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--output_dir", "--output-dir", default="", help="for config.yaml, log.txt, checkpoint.pth, best_checkpoint.pth"
     )
     add("--resume", default="", help="a checkpoint, or 'auto': the last one of --output_dir if there is one")
-    add("--checkpoint-steps", type=_positive_int, metavar="N", help="also save after every N updates (default: epochs)")
+    add("--checkpoint-steps", type=positive_int, metavar="N", help="also save after every N updates (default: epochs)")
     add("--save-every-minutes", type=_positive, metavar="MINUTES", help="also save in mid-epoch, this often")
     add("--eval", action="store_true", help="evaluate the --resume checkpoint, no training")
     add("--use-ema", action="store_true", help="of --resume with --eval, or of --finetune, take the averaged weights")
@@ -244,7 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
     switch(add, "--if_continue_inf", "--no_continue_inf",
            "skip updates whose loss is not finite instead of ending with status 3")  # fmt: skip
     switch(add, "--if_nan2num", "--no_nan2num", "count what is not finite in losses and gradients as 0")
-    add("--world_size", "--world-size", type=_positive_int, help="number of processes (default: as torchrun started)")
+    add("--world_size", "--world-size", type=positive_int, help="number of processes (default: as torchrun started)")
     add("--dist_url", "--dist-url", default="env://", help="where processes meet (default: env://, as torchrun says)")
 
     for flag in REFUSED:

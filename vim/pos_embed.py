@@ -64,7 +64,8 @@ def resize_pos_embed(
             f"pos_embed must have shape (1, {old_patches + len(old_cls)}, D) for the grid {tuple(old_grid)} with "
             f"cls_position={cls_position!r}; got {tuple(pos_embed.shape)}"
         )
-    if tuple(new_grid) == tuple(old_grid):
+    # A symbolic size stands for every size, this one too: resampled to its own grid, the embedding stays as it is.
+    if not any(isinstance(n, torch.SymInt) for n in new_grid) and tuple(new_grid) == tuple(old_grid):
         return pos_embed
     patches = remove_tokens(pos_embed, old_cls).float().unflatten(1, old_grid).permute(0, 3, 1, 2)
     patches = F.interpolate(patches, size=new_grid, mode="bicubic", antialias=True)
