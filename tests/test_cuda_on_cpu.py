@@ -251,6 +251,15 @@ def test_mixer_with_the_projection_of_delta_inside(dtype, ways, monkeypatch):
     assert_as_accurate(kernel, reference, truth, floor=FLOOR)
 
 
+@pytest.mark.parametrize(("width", "channels", "length"), [(2, 132, 9), (3, 4, 1), (3, 8, 130), (4, 12, 3)])
+def test_mixer_convolves_both_ways_at_once(width, channels, length):
+    inputs = test_mixer.make_inputs(channels=channels, length=length, width=width)
+    kernel = test_mixer.results(*inputs, "fb")
+    reference = test_mixer.results(*inputs, "fb", use_cuda_kernel=False)
+    truth = test_mixer.results(*inputs, "fb", double=True)
+    assert_as_accurate(kernel, reference, truth, floor=FLOOR)
+
+
 @pytest.mark.parametrize("channels", [21, 72])
 @pytest.mark.parametrize("forms", [("varying", "varying"), ("constant", "two_groups")], ids="-".join)
 def test_no_races_and_every_element_written(forms, channels, monkeypatch):

@@ -15,29 +15,38 @@ FLOOR = 1e-6
 BATCH, CHANNELS, LENGTH, STATES, RANK = 2, 36, 41, 5, 3
 
 
-def make_direction(generator: torch.Generator, bias: bool = True) -> Direction:
+def make_direction(
+    generator: torch.Generator, bias: bool = True, channels: int = CHANNELS, width: int = 4
+) -> Direction:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     return Direction(
-        randn(CHANNELS, 1, 4) * 0.5,
-        randn(CHANNELS) if bias else None,
-        randn(RANK + 2 * STATES, CHANNELS) / CHANNELS**0.5,
-        randn(CHANNELS, RANK) * 0.3,
-        randn(CHANNELS) * 0.3 - 0.5 if bias else None,
-        (-decay_rates(CHANNELS, STATES)).log(),
-        randn(CHANNELS) if bias else None,
+        randn(channels, 1, width) * 0.5,
+        randn(channels) if bias else None,
+        randn(RANK + 2 * STATES, channels) / channels**0.5,
+        randn(channels, RANK) * 0.3,
+        randn(channels) * 0.3 - 0.5 if bias else None,
+        (-decay_rates(channels, STATES)).log(),
+        randn(channels) if bias else None,
     )
 
 
-def make_inputs(dtype: torch.dtype = torch.float32, layout: str = "channel_last", bias: bool = True):
+def make_inputs(
+    dtype: torch.dtype = torch.float32,
+    layout: str = "channel_last",
+    bias: bool = True,
+    channels: int = CHANNELS,
+    length: int = LENGTH,
+    width: int = 4,
+):
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(4)
-    xz = torch.randn(BATCH, LENGTH, 2 * CHANNELS, generator=generator).to(dtype)
+    xz = torch.randn(BATCH, length, 2 * channels, generator=generator).to(dtype)
     x, z = (t.transpose(1, 2) for t in xz.chunk(2, dim=-1))
     if layout == "contiguous":
         x, z = x.contiguous(), z.contiguous()
-    directions = [make_direction(generator, bias) for _ in range(2)]
+    directions = [make_direction(generator, bias, channels, width) for _ in range(2)]
     return x, z, [d._replace(x_proj_weight=d.x_proj_weight.to(dtype)) for d in directions]
 
 

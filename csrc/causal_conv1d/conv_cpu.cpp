@@ -144,11 +144,9 @@ Tensor in_layout(const Tensor& tensor, bool lanes_over_channels) {
 
 }  // namespace
 
-// dweight and dbias are fp32, whatever the dtype of weight and bias; dinitial is empty without initial states.
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout_in, const Tensor& x, const Tensor& weight,
-                                                    const OptionalTensor& bias, const OptionalTensor& seq_idx,
-                                                    const OptionalTensor& initial_states, bool silu, bool reverse,
-                                                    const OptionalTensor& dx_addend) {
+ConvGradients conv_bwd(const Tensor& dout_in, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse,
+                       const OptionalTensor& dx_addend, Scratch*) {
   const i64 dim = x.size(1), width = weight.size(1);
   const Filter filter(weight, bias);
   ConvProblem p = problem_of(x, filter, width, seq_idx, initial_states, silu, reverse);
@@ -163,12 +161,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout_in, const
     p.dx_addend = in_scan_order(input(addend), addend, reverse);
   }
   Tensor dx = empty_bdl(x, p.lanes_over_channels);
-  Tensor dinitial = torch::stable::new_empty(x, {0});
+  OptionalTensor dinitial;
   p.dout = in_scan_order(input(dout), dout, reverse);
   p.dx = in_scan_order(output(dx), dx, reverse);
   if (initial_states.has_value()) {
     dinitial = torch::stable::new_empty(x, {p.batch, dim, width - 1});
-    p.dinitial = output(dinitial);
+    p.dinitial = output(*dinitial);
   }
   const i64 chunks = p.batch * conv_chunks(p);
   std::vector<float> partial(chunks * (width + 1) * dim);
@@ -179,6 +177,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout_in, const
   Tensor dbias = torch::stable::new_empty(weight, {dim}, fp32);
   sum_partials(partial, chunks, dim, width, dweight.mutable_data_ptr<float>(), dbias.mutable_data_ptr<float>());
   return {dx, dweight, dbias, dinitial};
+}
+
+std::array<Tensor, 2> conv_pair_fwd(const Tensor& x, const ConvFilter (&filters)[2]) {
+  return conv_each_fwd(x, filters);
+}
+ConvPairGradients conv_pair_bwd(const Tensor (&dout)[2], const Tensor& x, const ConvFilter (&filters)[2],
+                                Scratch& scratch) {
+  return conv_each_bwd(dout, x, filters, scratch);
 }
 
 namespace {
@@ -231,6 +237,6 @@ Tensor conv_update(const Tensor& x, const Tensor& conv_state, const Tensor& weig
 
 STABLE_TORCH_LIBRARY_IMPL(causal_conv1d, CPU, m) {
   m.impl("conv_fwd", TORCH_BOX(&mamba_ssm::conv_fwd));
-  m.impl("conv_bwd", TORCH_BOX(&mamba_ssm::conv_bwd));
+  m.impl("conv_bwd", TORCH_BOX(&mamba_ssm::conv_bwd_operator));
   m.impl("conv_update", TORCH_BOX(&mamba_ssm::conv_update));
 }

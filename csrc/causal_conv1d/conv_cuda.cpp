@@ -13,7 +13,6 @@ namespace mamba_ssm {
 namespace {
 
 using i64 = std::int64_t;
-using torch::headeronly::ScalarType;
 
 void check_launch(const char* error) {
   STD_TORCH_CHECK(error == nullptr, "causal_conv1d: the kernel did not start: ", error);
@@ -36,8 +35,8 @@ ConvArray in_scan_order(const Tensor& tensor, const Tensor& x, bool reverse, con
 }
 
 Tensor empty_in_layout_of(const Tensor& x) {
-  if (x.stride(1) != 1 || x.stride(2) == 1) return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-  return torch::stable::transpose(torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1)}), 1, 2);
+  if (x.stride(1) != 1 || x.stride(2) == 1) return new_tensor(x, {x.size(0), x.size(1), x.size(2)});
+  return transposed(new_tensor(x, {x.size(0), x.size(2), x.size(1)}), 1, 2);
 }
 
 ConvParameter parameter(const Tensor& tensor, const char* name) {
@@ -93,23 +92,29 @@ bool has_rows(const ConvArray& a, const ConvProblem& p) {
           reinterpret_cast<std::uintptr_t>(a.data) % (4 * size) == 0);
 }
 
+// How the kernels for rows divide time: `chunks` blocks of warps that walk through `chunk` steps each. No more blocks
+// than the device holds at one time, of walks that are neither short, beside what they look back, nor long.
+void divide_rows(const ConvProblem& p, i64 resident_blocks, i64& chunk, i64& chunks) {
+  constexpr i64 kShortest = 8 * kRowConvWarps, kLongest = 64 * kRowConvWarps;  // steps of a block
+  const i64 rows = std::max<i64>(p.batch * conv_rows_columns(p), 1);
+  const i64 most = (p.seqlen + kShortest - 1) / kShortest, least = (p.seqlen + kLongest - 1) / kLongest;
+  chunks = std::clamp(resident_blocks / rows, least, std::max(most, least));
+  chunk = (p.seqlen + chunks * kRowConvWarps - 1) / std::max<i64>(chunks * kRowConvWarps, 1);
+}
+
+bool fits_rows(const ConvProblem& p) { return p.dim % 4 == 0 && p.seq_idx == nullptr && p.seqlen < (1ll << 31) - 64; }
+
 // Chooses the kernel and how it divides time; p's arrays are known.
 bool divide(GpuConv& conv, bool backward) {
   const ConvProblem& p = conv.p;
-  bool by_rows = p.dim % 4 == 0 && p.seq_idx == nullptr && p.seqlen < (1ll << 31) - 64;
+  bool by_rows = fits_rows(p);
   for (const ConvArray* a : {&p.x, &p.out, &p.dout, &p.dx, &p.dx_addend}) by_rows &= has_rows(*a, p);
   if (!by_rows) {
     conv.chunk = backward ? kBackwardConvChunk : kForwardConvChunk;
     conv.chunks = (p.seqlen + conv.chunk - 1) / conv.chunk;
     return false;
   }
-  // No more blocks than the device holds at one time, of walks that are neither short, beside what they look back, nor
-  // long.
-  constexpr i64 kShortest = 8 * kRowConvWarps, kLongest = 64 * kRowConvWarps;  // steps of a block
-  const i64 columns = (p.dim + kRowConvChannels - 1) / kRowConvChannels, rows = std::max<i64>(p.batch * columns, 1);
-  const i64 most = (p.seqlen + kShortest - 1) / kShortest, least = (p.seqlen + kLongest - 1) / kLongest;
-  conv.chunks = std::clamp(conv_rows_resident_blocks(backward) / rows, least, std::max(most, least));
-  conv.chunk = (p.seqlen + conv.chunks * kRowConvWarps - 1) / std::max<i64>(conv.chunks * kRowConvWarps, 1);
+  divide_rows(p, conv_rows_resident_blocks(backward), conv.chunk, conv.chunks);
   return true;
 }
 const char* launch(const GpuConv& conv, bool rows, bool backward, void* stream) {
@@ -129,34 +134,90 @@ Tensor conv_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bia
   return out;
 }
 
-// dweight and dbias are fp32, whatever the dtype of weight and bias; dinitial is empty without initial states.
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight,
-                                                    const OptionalTensor& bias, const OptionalTensor& seq_idx,
-                                                    const OptionalTensor& initial_states, bool silu, bool reverse,
-                                                    const OptionalTensor& dx_addend) {
+ConvGradients conv_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse,
+                       const OptionalTensor& dx_addend, Scratch* scratch) {
   const DeviceOf device(x);
   GpuConv conv = conv_of(x, weight, bias, seq_idx, initial_states, silu, reverse);
   ConvProblem& p = conv.p;
   Tensor dx = empty_in_layout_of(x);
-  Tensor dinitial = torch::stable::new_empty(x, {0});
+  OptionalTensor dinitial;
   p.dout = in_scan_order(dout, x, reverse, "dout");
   p.dx = in_scan_order(dx, x, reverse, "dx");
   if (dx_addend.has_value()) p.dx_addend = in_scan_order(*dx_addend, x, reverse, "dx_addend");
   if (initial_states.has_value()) {
-    dinitial = torch::stable::new_empty(x, {p.batch, p.dim, p.width - 1});
-    p.dinitial = array_of(dinitial);
+    dinitial = new_tensor(x, {p.batch, p.dim, p.width - 1});
+    p.dinitial = array_of(*dinitial);
   }
   const bool rows = divide(conv, true);
   const i64 walks = p.batch * conv.chunks, weights = p.dim * p.width, size = weights + p.dim;
-  Tensor partial = torch::stable::new_empty(x, {walks, size}, ScalarType::Float);
+  Scratch own_scratch(x);
+  const Tensor partial = (scratch == nullptr ? own_scratch : *scratch).floats({walks, size});
   p.partial = partial.mutable_data_ptr<float>();
-  Tensor dweight = torch::stable::new_empty(weight, {p.dim, p.width}, ScalarType::Float);
-  Tensor dbias = torch::stable::new_empty(weight, {p.dim}, ScalarType::Float);
+  const auto result = [&](const Sizes& sizes) {
+    return scratch == nullptr ? new_floats(x, sizes) : scratch->floats(sizes);
+  };
+  const Tensor dweight = result({p.dim, p.width}), dbias = result({p.dim});
   if (x.numel() > 0) check_launch(launch(conv, rows, true, device.stream()));
   const RowSums sums[] = {{p.partial, walks, size, weights, dweight.mutable_data_ptr<float>()},
                           {p.partial + weights, walks, size, p.dim, dbias.mutable_data_ptr<float>()}};
   if (p.dim > 0) check_launch(launch_sum_rows(sums, 2, device.stream()));
   return {dx, dweight, dbias, dinitial};
+}
+
+namespace {
+
+// Null where the kernels for pairs do not take this one. `outputs`: for each direction.
+std::optional<GpuConvPair> pair_of(const Tensor& x, const ConvFilter (&filters)[2], const Tensor (&outputs)[2],
+                                   bool backward) {
+  const GpuConv one = conv_of(x, filters[0].weight, filters[0].bias, std::nullopt, std::nullopt, true, false);
+  const GpuConv other = conv_of(x, filters[1].weight, filters[1].bias, std::nullopt, std::nullopt, true, false);
+  GpuConvPair pair{one.p, {one.weight, other.weight}, {one.bias, other.bias}, {}, {}, 0, 0};
+  bool fits = fits_rows(one.p) && has_rows(one.p.x, one.p) && one.p.width == other.p.width && x.numel() > 0;
+  for (int i = 0; i < 2; ++i) {
+    ConvArray& array = (backward ? pair.dout : pair.out)[i];
+    array = in_scan_order(outputs[i], x, false, "dout");
+    fits &= has_rows(array, one.p);
+  }
+  if (!fits) return std::nullopt;
+  divide_rows(pair.p, conv_pair_resident_blocks(backward), pair.chunk, pair.chunks);
+  return pair;
+}
+
+}  // namespace
+
+std::array<Tensor, 2> conv_pair_fwd(const Tensor& x, const ConvFilter (&filters)[2]) {
+  const DeviceOf device(x);
+  const Tensor out[2] = {empty_in_layout_of(x), empty_in_layout_of(x)};
+  const std::optional<GpuConvPair> pair = pair_of(x, filters, out, false);
+  if (!pair.has_value()) return conv_each_fwd(x, filters);
+  check_launch(launch_conv_pair(*pair, false, device.stream()));
+  return {out[0], out[1]};
+}
+
+ConvPairGradients conv_pair_bwd(const Tensor (&dout)[2], const Tensor& x, const ConvFilter (&filters)[2],
+                                Scratch& scratch) {
+  const DeviceOf device(x);
+  std::optional<GpuConvPair> pair = pair_of(x, filters, dout, true);
+  const Tensor dx = empty_in_layout_of(x);
+  if (pair.has_value()) pair->p.dx = in_scan_order(dx, x, false, "dx");
+  if (!pair.has_value() || !has_rows(pair->p.dx, pair->p)) return conv_each_bwd(dout, x, filters, scratch);
+  ConvProblem& p = pair->p;
+  const i64 walks = p.batch * pair->chunks, weights = p.dim * p.width, size = weights + p.dim;
+  const Tensor partial = scratch.floats({walks, 2, size});
+  p.partial = partial.mutable_data_ptr<float>();
+  const ConvPairGradients result{dx,
+                                 {scratch.floats({p.dim, p.width}), scratch.floats({p.dim, p.width})},
+                                 {scratch.floats({p.dim}), scratch.floats({p.dim})}};
+  check_launch(launch_conv_pair(*pair, true, device.stream()));
+  RowSums sums[4];
+  for (int i = 0; i < 2; ++i) {
+    const float* rows = p.partial + i * size;
+    sums[2 * i] = {rows, walks, 2 * size, weights, result.dweight[i].mutable_data_ptr<float>()};
+    sums[2 * i + 1] = {rows + weights, walks, 2 * size, p.dim, result.dbias[i].mutable_data_ptr<float>()};
+  }
+  check_launch(launch_sum_rows(sums, 4, device.stream()));
+  return result;
 }
 
 namespace {
@@ -202,6 +263,6 @@ Tensor conv_update(const Tensor& x, const Tensor& conv_state, const Tensor& weig
 
 MAMBA_SSM_CUDA_IMPL(causal_conv1d, m) {
   m.impl("conv_fwd", TORCH_BOX(&mamba_ssm::conv_fwd));
-  m.impl("conv_bwd", TORCH_BOX(&mamba_ssm::conv_bwd));
+  m.impl("conv_bwd", TORCH_BOX(&mamba_ssm::conv_bwd_operator));
   m.impl("conv_update", TORCH_BOX(&mamba_ssm::conv_update));
 }

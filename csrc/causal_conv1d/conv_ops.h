@@ -1,21 +1,66 @@
 // The operators' implementations, each library's own; see causal_conv1d/ops.py.
 #pragma once
 
-#include <optional>
+#include <array>
 #include <tuple>
 
-#include "stable_abi.h"
+#include "tensors.h"
 
 namespace mamba_ssm {
 
-using OptionalTensor = std::optional<Tensor>;
-
 Tensor conv_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
                 const OptionalTensor& initial_states, bool silu, bool reverse);
-// dx, dweight, dbias, dinitial_states
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight,
-                                                    const OptionalTensor& bias, const OptionalTensor& seq_idx,
-                                                    const OptionalTensor& initial_states, bool silu, bool reverse,
-                                                    const OptionalTensor& dx_addend);
+
+// dweight and dbias are float32, whatever the dtype of weight and bias.
+struct ConvGradients {
+  Tensor dx, dweight, dbias;
+  OptionalTensor dinitial_states;
+};
+// With `scratch`, dweight and dbias lie there.
+ConvGradients conv_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse,
+                       const OptionalTensor& dx_addend, Scratch* scratch = nullptr);
+
+// As the schema has it: dinitial_states is empty without initial states.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd_operator(const Tensor& dout, const Tensor& x,
+                                                                    const Tensor& weight, const OptionalTensor& bias,
+                                                                    const OptionalTensor& seq_idx,
+                                                                    const OptionalTensor& initial_states, bool silu,
+                                                                    bool reverse, const OptionalTensor& dx_addend) {
+  ConvGradients g = conv_bwd(dout, x, weight, bias, seq_idx, initial_states, silu, reverse, dx_addend);
+  return {g.dx, g.dweight, g.dbias, g.dinitial_states.has_value() ? *g.dinitial_states : new_tensor(x, {0})};
+}
+
+// ---- the same x along and against time, with SiLU and from zeros ---------------------------------------------------
+
+struct ConvFilter {
+  Tensor weight;  // (dim, width)
+  OptionalTensor bias;
+};
+std::array<Tensor, 2> conv_pair_fwd(const Tensor& x, const ConvFilter (&filters)[2]);
+
+struct ConvPairGradients {
+  Tensor dx;
+  std::array<Tensor, 2> dweight, dbias;  // float32, in scratch memory
+};
+ConvPairGradients conv_pair_bwd(const Tensor (&dout)[2], const Tensor& x, const ConvFilter (&filters)[2],
+                                Scratch& scratch);
+
+// One after the other: what they are where there is no kernel for both.
+inline std::array<Tensor, 2> conv_each_fwd(const Tensor& x, const ConvFilter (&filters)[2]) {
+  const auto one = [&](int i) {
+    return conv_fwd(x, filters[i].weight, filters[i].bias, std::nullopt, std::nullopt, true, i == 1);
+  };
+  return {one(0), one(1)};
+}
+inline ConvPairGradients conv_each_bwd(const Tensor (&dout)[2], const Tensor& x, const ConvFilter (&filters)[2],
+                                       Scratch& scratch) {
+  const auto one = [&](int i, const OptionalTensor& addend) {
+    return conv_bwd(dout[i], x, filters[i].weight, filters[i].bias, std::nullopt, std::nullopt, true, i == 1, addend,
+                    &scratch);
+  };
+  const ConvGradients along = one(0, std::nullopt), both = one(1, along.dx);
+  return {both.dx, {along.dweight, both.dweight}, {along.dbias, both.dbias}};
+}
 
 }  // namespace mamba_ssm

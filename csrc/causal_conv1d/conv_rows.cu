@@ -1,89 +1,10 @@
-// The CUDA kernels of the causal convolution for channel-last memory without sequences: a thread has four neighbouring
-// channels, a warp a row of 128, and each warp of a block a chunk of time, next to the other warps'.
-#include "conv_gpu.h"
-#include "cuda_device.h"
+// The CUDA kernels of the causal convolution for channel-last memory without sequences.
+#include "conv_rows.cuh"
 
 namespace mamba_ssm {
 namespace {
 
-using i64 = std::int64_t;
-
-constexpr int kThreads = kRowConvWarps * kWarp, kChannels = 4;
-static_assert(kRowConvChannels == kWarp * kChannels);
-
-using Four = float[kChannels];
-
-// One row of an array: the thread's channels at every time, in scan order.
-struct Row {
-  char* base;  // null where there is no array
-  int step;    // bytes from one time to the next
-
-  MAMBA_SSM_DEVICE Row(const ConvArray& a, i64 batch, i64 channel, int size)
-      : base(a.data == nullptr ? nullptr : static_cast<char*>(a.data) + (batch * a.batch + channel) * size),
-        step(static_cast<int>(a.time) * size) {}
-
-  template <Dtype T>
-  MAMBA_SSM_DEVICE RawFour<T> load_if(bool exists, int t) const {
-    RawFour<T> raw{};
-    if (exists) raw = *reinterpret_cast<const RawFour<T>*>(advance(base, t, step));
-    return raw;
-  }
-};
-
-// Steps [first, end) of the channels from `channel` on.
-struct Walk {
-  i64 batch;
-  int channel, first, end, group;
-  bool exists;
-
-  MAMBA_SSM_DEVICE explicit Walk(const GpuConv& conv) {
-    const int columns = static_cast<int>((conv.p.dim + kRowConvChannels - 1) / kRowConvChannels);
-    const int column = static_cast<int>(blockIdx.x) % columns, rest = static_cast<int>(blockIdx.x) / columns;
-    group = rest % static_cast<int>(conv.chunks);
-    batch = rest / static_cast<int>(conv.chunks);
-    channel = column * kRowConvChannels + static_cast<int>(threadIdx.x) % kWarp * kChannels;
-    const int chunk = static_cast<int>(conv.chunk), length = static_cast<int>(conv.p.seqlen);
-    first = (group * kRowConvWarps + static_cast<int>(threadIdx.x) / kWarp) * chunk;
-    end = first + chunk < length ? first + chunk : length;
-    exists = first < end && channel < conv.p.dim;
-  }
-};
-
-// The parameters of the block's channels; 0 where there is no channel.
-template <int W>
-struct ParameterRows {
-  float4 weight[W][kWarp], bias[kWarp];
-
-  // Each thread loads those of a channel: a warp's loads lie side by side.
-  MAMBA_SSM_DEVICE void load(const GpuConv& conv, int first_channel) {
-    static_assert(kThreads == kRowConvChannels);
-    const ConvParameter &w = conv.weight, &b = conv.bias;
-    const int i = static_cast<int>(threadIdx.x), channel = first_channel + i;
-    const bool exists = channel < conv.p.dim;
-    float values[W];
-    with_dtype(w.dtype, [&](auto dtype) {
-#pragma unroll
-      for (int k = 0; k < W; ++k) {
-        values[k] = exists ? load_element(w.data, channel * w.row + k * w.column, dtype.value) : 0.0f;
-      }
-    });
-#pragma unroll
-    for (int k = 0; k < W; ++k) reinterpret_cast<float*>(weight[k])[i] = values[k];
-    reinterpret_cast<float*>(bias)[i] =
-        exists && b.data != nullptr ? load_element(b.data, channel * b.row, b.dtype) : 0.0f;
-  }
-};
-template <int W>
-struct Parameters {
-  float weight[W][kChannels], bias[kChannels];
-
-  MAMBA_SSM_DEVICE explicit Parameters(const ParameterRows<W>& rows) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-    for (int k = 0; k < W; ++k) to_floats<Dtype::f32>(rows.weight[k][lane], weight[k]);
-    to_floats<Dtype::f32>(rows.bias[lane], bias);
-  }
-};
+using namespace conv_rows;
 
 // The W - 1 inputs before the walk; before time 0 the initial states, or zeros.
 template <int W, Dtype T>
@@ -101,17 +22,6 @@ MAMBA_SSM_DEVICE void load_past(const ConvProblem& p, const Walk& walk, const Ro
     }
   }
 }
-// Of the inputs to the one at `window` + W - 1.
-template <int W>
-MAMBA_SSM_DEVICE void convolve(const Parameters<W>& parameters, const Four* window, Four& y) {
-#pragma unroll
-  for (int v = 0; v < kChannels; ++v) {
-    y[v] = parameters.bias[v];
-#pragma unroll
-    for (int k = 0; k < W; ++k) y[v] += parameters.weight[k][v] * window[k][v];
-  }
-}
-
 // Steps that are worked on together, while those behind them are loaded.
 constexpr int kForwardSteps = 4, kBackwardSteps = 4;
 // Blocks that a multiprocessor holds at one time; in the backward kernel they bound the registers.
@@ -121,9 +31,9 @@ template <int W, Dtype T>
 __global__ void __launch_bounds__(kThreads) conv_rows_forward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuConv conv) {
   constexpr int kSteps = kForwardSteps, kSize = T == Dtype::f32 ? 4 : 2;
   const ConvProblem& p = conv.p;
-  const Walk walk(conv);
+  const Walk walk(p, conv.chunk, conv.chunks);
   ParameterRows<W>& rows = shared_memory<ParameterRows<W>>();
-  rows.load(conv, walk.channel - static_cast<int>(threadIdx.x) % kWarp * kChannels);
+  rows.load(conv.weight, conv.bias, p.dim, walk.channel - static_cast<int>(threadIdx.x) % kWarp * kChannels);
   const Row x(p.x, walk.batch, walk.channel, kSize), out(p.out, walk.batch, walk.channel, kSize);
   RawFour<T> ahead[kSteps];
 #pragma unroll
@@ -174,11 +84,11 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     conv_rows_backward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuConv conv) {
   constexpr int kSteps = kBackwardSteps, kSize = T == Dtype::f32 ? 4 : 2;
   const ConvProblem& p = conv.p;
-  const Walk walk(conv);
+  const Walk walk(p, conv.chunk, conv.chunks);
   BackwardMemory<W>& memory = shared_memory<BackwardMemory<W>>();
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int first_channel = walk.channel - lane * kChannels;
-  memory.parameters.load(conv, first_channel);
+  memory.parameters.load(conv.weight, conv.bias, p.dim, first_channel);
   __syncthreads();
   float dweight[W][kChannels] = {}, dbias[kChannels] = {};
   if (walk.exists) {
@@ -277,8 +187,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
 using Kernel = void (*)(GpuConv);
 template <int W, Dtype T>
 const char* launch_rows(const GpuConv& conv, bool backward, void* stream) {
-  const i64 columns = (conv.p.dim + kRowConvChannels - 1) / kRowConvChannels;
-  const auto blocks = static_cast<unsigned>(conv.p.batch * conv.chunks * columns);
+  const unsigned blocks = conv_rows_blocks(conv.p, conv.chunks);
   const Kernel kernel = backward ? conv_rows_backward_kernel<W, T> : conv_rows_forward_kernel<W, T>;
   return launch<GpuConv>(kernel, blocks, 1, kThreads, backward ? sizeof(BackwardMemory<W>) : sizeof(ParameterRows<W>),
                          stream, conv);

@@ -4,7 +4,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "dtype.h"
 
@@ -368,15 +371,57 @@ MAMBA_SSM_DEVICE float tile_part(float value) {
   return value;
 }
 
+// The nearest value that multiply_tiles sees wholly.
+MAMBA_SSM_DEVICE float round_to_tile(float value) {
+  std::uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const std::uint32_t rounded = (bits + 0x1000u) & 0xffffe000u;
+  if ((bits & 0x7f800000u) != 0x7f800000u) bits = rounded;  // infinities and NaN stay
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
 // ---- launch ------------------------------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+// What the driver has been asked once is kept, for each device: it takes microseconds to answer.
+class KeptPerDevice {
+ public:
+  // The value of `key` on the current device, made by find(device, value) unless that was done; an error is not kept.
+  template <class Find>
+  cudaError_t get(const void* key, std::size_t& value, const Find& find) {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto kept = values_.find({key, device});
+    if (kept != values_.end()) {
+      value = kept->second;
+      return cudaSuccess;
+    }
+    error = find(device, value);
+    if (error == cudaSuccess) values_[{key, device}] = value;
+    return error;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::pair<const void*, int>, std::size_t> values_;
+};
+#endif
 
 // Of the current device; the emulation is one that is filled soon, yet not by one block.
 inline int device_multiprocessors() {
 #if defined(__CUDACC__)
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+  static KeptPerDevice kept;
+  std::size_t count = 1;
+  kept.get(nullptr, count, [](int device, std::size_t& value) {
+    int found = 1;
+    const cudaError_t error = cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
+    value = static_cast<std::size_t>(found);
+    return error;
+  });
+  return static_cast<int>(count);
 #else
   return 2;
 #endif
@@ -388,12 +433,16 @@ const char* launch(void (*kernel)(Parameters...), unsigned grid_x, unsigned grid
                    std::size_t shared_bytes, void* stream, const Parameters&... parameters) {
 #if defined(__CUDACC__)
   if (shared_bytes > 16 * 1024) {  // many such blocks on a multiprocessor want all of its memory to be shared memory
+    static KeptPerDevice kept;
     const void* function = reinterpret_cast<const void*>(kernel);
-    cudaError_t error =
-        cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    if (error == cudaSuccess) {
-      error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    }
+    std::size_t allowed = 0;
+    const cudaError_t error = kept.get(function, allowed, [&](int, std::size_t& value) {
+      value = shared_bytes;  // which is always the same for a kernel
+      const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                     cudaSharedmemCarveoutMaxShared);
+      if (error != cudaSuccess) return error;
+      return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    });
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   kernel<<<dim3(grid_x, grid_y), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters...);

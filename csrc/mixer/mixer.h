@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../causal_conv1d/conv_ops.h"
@@ -63,7 +64,9 @@ struct MixerDirection {
   }
 
   bool has_gaps() const { return columns != rank + 2 * states; }
-  Tensor conv_rows() const { return torch::stable::squeeze(conv_weight, 1); }
+  Tensor conv_rows() const {
+    return view_of(conv_weight, {channels, conv_weight.size(2)}, {conv_weight.stride(0), conv_weight.stride(2)});
+  }
 
  private:
   static const Tensor& required(const OptionalTensor& t, const char* name) {
@@ -86,23 +89,25 @@ inline std::vector<MixerDirection> mixer_directions(const std::array<OptionalTen
 
 // (batch, channels, length) as (batch · length, channels), without a copy where t is channel-last.
 inline Tensor rows_of(const Tensor& t) {
-  return torch::stable::reshape(torch::stable::transpose(t, 1, 2), {t.size(0) * t.size(2), t.size(1)});
+  const std::int64_t rows = t.size(0) * t.size(2);
+  if (t.size(0) == 1 || t.stride(0) == t.size(2) * t.stride(2)) {
+    return view_of(t, {rows, t.size(1)}, {t.stride(2), t.stride(1)});
+  }
+  return torch::stable::reshape(transposed(t, 1, 2), {rows, t.size(1)});
 }
 // (batch · length, channels) as (batch, channels, length).
 inline Tensor sequences_of(const Tensor& rows, const Tensor& like) {
-  return torch::stable::transpose(torch::stable::view(rows, {like.size(0), like.size(2), rows.size(1)}), 1, 2);
+  const std::int64_t length = like.size(2);
+  return view_of(rows, {like.size(0), rows.size(1), length}, {length * rows.stride(0), rows.stride(1), rows.stride(0)});
 }
 inline Tensor multiply(const Tensor& a, const Tensor& b) {
-  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
+  Tensor out = new_tensor(a, {a.size(0), b.size(1)});
   multiply_matrices(out, a, b, false);
   return out;
 }
-inline Tensor part_of(Tensor t, std::int64_t dimension, std::int64_t first, std::int64_t count) {
-  return torch::stable::narrow(t, dimension, first, count);
-}
-inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+inline Tensor transposed(const Tensor& t) { return transposed(t, 0, 1); }
 inline Tensor to_float(const Tensor& t) {
-  return torch::stable::contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
+  return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 inline OptionalTensor to_float(const OptionalTensor& t) { return t.has_value() ? to_float(*t) : t; }
 
@@ -139,10 +144,10 @@ inline std::array<Part, 3> parts_of(const MixerDirection& d) {
 
 // What is made of a direction's parameters before use.
 struct PreparedDirection {
-  Tensor A;         // (channels, states) float32: −exp(A_log)
-  Tensor x_proj;    // (columns, channels) in the activations' dtype, zeros in the gaps
-  Tensor dt;        // (channels, rank_columns) in the activations' dtype, for the backward pass
-  Tensor dt_float;  // (channels, rank) float32
+  Tensor A;           // (channels, states) float32: −exp(A_log)
+  Tensor x_proj;      // (columns, channels) in the activations' dtype, zeros in the gaps
+  OptionalTensor dt;  // (channels, rank_columns) in the activations' dtype, for the backward pass
+  Tensor dt_float;    // (channels, rank) float32
   OptionalTensor dt_bias, D;
 };
 inline std::vector<PreparedDirection> prepare(const std::vector<MixerDirection>& directions, const Tensor& x,
@@ -151,8 +156,8 @@ inline std::vector<PreparedDirection> prepare(const std::vector<MixerDirection>&
   std::vector<MatrixJob> jobs;
   for (const MixerDirection& d : directions) {
     PreparedDirection p{new_floats(x, {d.channels, d.states}),
-                        torch::stable::new_empty(x, {d.columns, d.channels}),
-                        torch::stable::new_empty(x, {backward ? d.channels : 0, d.rank_columns}),
+                        new_tensor(x, {d.columns, d.channels}),
+                        backward ? OptionalTensor(new_tensor(x, {d.channels, d.rank_columns})) : std::nullopt,
                         to_float(d.dt_weight),
                         to_float(d.dt_bias),
                         to_float(d.D)};
@@ -169,8 +174,8 @@ inline std::vector<PreparedDirection> prepare(const std::vector<MixerDirection>&
     }
     if (d.columns > end) jobs.push_back(zero_job(rows(p.x_proj, end, d.columns - end)));
     if (backward) {
-      jobs.push_back(copy_job(d.dt_weight, part_of(p.dt, 1, 0, d.rank)));
-      if (d.rank_columns > d.rank) jobs.push_back(zero_job(part_of(p.dt, 1, d.rank, d.rank_columns - d.rank)));
+      jobs.push_back(copy_job(d.dt_weight, part_of(*p.dt, 1, 0, d.rank)));
+      if (d.rank_columns > d.rank) jobs.push_back(zero_job(part_of(*p.dt, 1, d.rank, d.rank_columns - d.rank)));
     }
     prepared.push_back(std::move(p));
   }
@@ -187,6 +192,37 @@ inline std::array<Tensor, 3> split(const MixerDirection& d, const Tensor& rows, 
   return result;
 }
 
+// ---- convolutions --------------------------------------------------------------------------------------------------
+
+inline ConvFilter filter_of(const MixerDirection& d) { return {d.conv_rows(), d.conv_bias}; }
+
+// silu(conv(x)) of each direction.
+inline std::vector<Tensor> convolve(const std::vector<MixerDirection>& directions, const Tensor& x) {
+  if (directions.size() == 1) {
+    const ConvFilter f = filter_of(directions[0]);
+    return {conv_fwd(x, f.weight, f.bias, std::nullopt, std::nullopt, true, directions[0].reverse)};
+  }
+  const auto [along, against] = conv_pair_fwd(x, {filter_of(directions[0]), filter_of(directions[1])});
+  return {along, against};
+}
+
+struct ConvolutionGradients {
+  Tensor dx;
+  std::vector<Tensor> dweight, dbias;  // of each direction
+};
+inline ConvolutionGradients return_through_convolutions(const std::vector<MixerDirection>& directions, const Tensor& x,
+                                                        const std::vector<Tensor>& du, Scratch& scratch) {
+  if (directions.size() == 1) {
+    const ConvFilter f = filter_of(directions[0]);
+    const ConvGradients g = conv_bwd(du[0], x, f.weight, f.bias, std::nullopt, std::nullopt, true,
+                                     directions[0].reverse, std::nullopt, &scratch);
+    return {g.dx, {g.dweight}, {g.dbias}};
+  }
+  const ConvPairGradients g =
+      conv_pair_bwd({du[0], du[1]}, x, {filter_of(directions[0]), filter_of(directions[1])}, scratch);
+  return {g.dx, {g.dweight[0], g.dweight[1]}, {g.dbias[0], g.dbias[1]}};
+}
+
 // ---- the operators -------------------------------------------------------------------------------------------------
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixer_forward(
@@ -199,14 +235,14 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixer_forward(
       mixer_directions({conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, conv_weight_b, conv_bias_b,
                         x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b});
   const auto prepared = prepare(directions, x, false);
+  std::vector<Tensor> inputs = convolve(directions, x);  // each freed once it is used
   OptionalTensor sum;
-  const auto nothing = [&] { return torch::stable::new_empty(x, {0}); };
-  std::array<Tensor, 4> kept{nothing(), nothing(), nothing(), nothing()};
+  std::array<OptionalTensor, 4> kept;
   for (std::size_t i = 0; i < directions.size(); ++i) {
     const MixerDirection& d = directions[i];
     const PreparedDirection& p = prepared[i];
     const bool last = i + 1 == directions.size();
-    const Tensor u = conv_fwd(x, d.conv_rows(), d.conv_bias, std::nullopt, std::nullopt, true, d.reverse);
+    const Tensor u = std::exchange(inputs[i], x);
     const Tensor projected = multiply(rows_of(u), transposed(p.x_proj));
     const auto [dt, B, C] = split(d, projected, u);
     const ScanArguments arguments{u,
@@ -222,12 +258,14 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixer_forward(
                                   delta_softplus,
                                   d.reverse,
                                   method};
-    const auto [out, last_state, checkpoints] = scan_forward(arguments, std::nullopt, sum, !last, checkpoint_steps);
+    const auto [out, last_state, checkpoints] =
+        scan_forward(arguments, std::nullopt, sum, !last, checkpoint_steps, false);
     sum = out;
     kept[d.reverse ? 2 : 0] = projected;
     kept[d.reverse ? 3 : 1] = checkpoints;
   }
-  return {*sum, kept[0], kept[1], kept[2], kept[3]};
+  const auto result = [&](int i) { return kept[i].has_value() ? *kept[i] : new_tensor(x, {0}); };
+  return {*sum, result(0), result(1), result(2), result(3)};
 }
 
 using MixerGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
@@ -249,46 +287,48 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor x, Tensor z, OptionalTe
   const auto prepared = prepare(directions, x, true);
   std::vector<Tensor> gradients;
   for (const OptionalTensor& t : parameters) {
-    gradients.push_back(t.has_value() ? torch::stable::new_empty(*t, t->sizes()) : torch::stable::new_empty(x, {0}));
+    gradients.push_back(t.has_value() ? new_tensor(*t, sizes_of(*t)) : new_tensor(x, {0}));
   }
   std::vector<MatrixJob> jobs;
   std::vector<Tensor> alive;  // what the jobs read
+  Scratch scratch(x);
   const auto finish = [&](int index, const Tensor& from) {
     Tensor to = gradients[index];
-    if (to.dim() == 3) to = torch::stable::squeeze(to, 1);
+    if (to.dim() == 3) to = view_of(to, {to.size(0), to.size(2)}, {to.stride(0), 1});
     jobs.push_back(copy_job(from, to));
     alive.push_back(from);
   };
-  OptionalTensor dx, dz;
+  const std::vector<Tensor> inputs = convolve(directions, x);
+  std::vector<Tensor> dinputs;
+  OptionalTensor dz;
   for (std::size_t i = 0; i < directions.size(); ++i) {
     const MixerDirection& d = directions[i];
     const PreparedDirection& p = prepared[i];
     const bool last = i + 1 == directions.size();
     const Tensor& kept = d.reverse ? projected_b : projected;
-    const Tensor u = conv_fwd(x, d.conv_rows(), d.conv_bias, std::nullopt, std::nullopt, true, d.reverse);
+    const Tensor& u = inputs[i];
     const auto [dt, B, C] = split(d, kept, u);
     const ScanArguments arguments{u,         dt,    p.A, B, C, p.D, z, p.dt_bias, p.dt_float, scale, delta_softplus,
                                   d.reverse, method};
-    const Tensor dprojected =
-        d.has_gaps() ? torch::stable::new_zeros(x, kept.sizes()) : torch::stable::new_empty(x, kept.sizes());
+    const Tensor dprojected = new_tensor(x, sizes_of(kept));
+    if (d.has_gaps()) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(dprojected.get()));
     const auto [ddt, dB, dC] = split(d, dprojected, u);
-    const MatrixTargets targets{torch::stable::unsqueeze(dB, 1), torch::stable::unsqueeze(dC, 1)};
+    const auto as_group = [](const Tensor& t) {  // (batch, 1, states, length)
+      return view_of(t, {t.size(0), 1, t.size(1), t.size(2)}, {t.stride(0), 0, t.stride(1), t.stride(2)});
+    };
+    const GradientTargets targets{as_group(dB), as_group(dC), scratch};
     const auto [du, ddelta, dA, unused_dB, unused_dC, dD, dz_sum, ddt_bias, dinitial_state] = scan_backward(
-        arguments, dout, std::nullopt, dz, d.reverse ? checkpoints_b : checkpoints, !last, checkpoint_steps, targets);
+        arguments, dout, std::nullopt, dz, d.reverse ? checkpoints_b : checkpoints, !last, checkpoint_steps, &targets);
     dz = dz_sum;
 
     const Tensor ddelta_rows = rows_of(ddelta), du_rows = rows_of(du);
     const auto dt_columns = [&](const Tensor& rows) { return part_of(rows, 1, 0, d.rank_columns); };
-    multiply_matrices(dt_columns(dprojected), ddelta_rows, p.dt, false);
+    multiply_matrices(dt_columns(dprojected), ddelta_rows, *p.dt, false);
     const Tensor ddt_weight = multiply(transposed(dt_columns(kept)), ddelta_rows);  // (rank, channels): faster this way
     const Tensor dx_proj_weight = multiply(transposed(dprojected), rows_of(u));
     multiply_matrices(du_rows, dprojected, p.x_proj, true);
-    const auto [dx_sum, dconv_weight, dconv_bias, dinitial] = conv_bwd(
-        sequences_of(du_rows, u), x, d.conv_rows(), d.conv_bias, std::nullopt, std::nullopt, true, d.reverse, dx);
-    dx = dx_sum;
+    dinputs.push_back(sequences_of(du_rows, u));
 
-    finish(d.index, dconv_weight);
-    if (d.conv_bias.has_value()) finish(d.index + 1, dconv_bias);
     for (const Part& part : parts_of(d)) {
       jobs.push_back(copy_job(part_of(dx_proj_weight, 0, part.column, part.width),
                               part_of(gradients[d.index + 2], 0, part.packed, part.width)));
@@ -300,9 +340,14 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor x, Tensor z, OptionalTe
     jobs.back().factor = float_data(p.A);  // dA/d(A_log) = A
     if (d.D.has_value()) finish(d.index + 6, dD);
   }
+  const ConvolutionGradients conv = return_through_convolutions(directions, x, dinputs, scratch);
+  for (std::size_t i = 0; i < directions.size(); ++i) {
+    finish(directions[i].index, conv.dweight[i]);
+    if (directions[i].conv_bias.has_value()) finish(directions[i].index + 1, conv.dbias[i]);
+  }
   run_matrix_jobs(jobs, x);
   const auto& g = gradients;
-  return {*dx, *dz, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]};
+  return {conv.dx, *dz, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]};
 }
 
 }  // namespace mamba_ssm

@@ -36,8 +36,9 @@ struct ScanParams {
   const float* delta_bias;     // (channels) or null
   const float* initial_state;  // (batch, channels, states) or null
   float* last_state;           // (batch, channels, states)
-  float* checkpoints;          // (batch, chunks, states, channels) in an order of its own; null: not kept
+  float* checkpoints;          // (batch, chunks, states, channels) in an order of its own; null: none kept
   std::int64_t chunk;          // steps from one checkpoint to the next
+  int first_checkpoint;        // 1: the state before the first step is zeros, and there is no checkpoint of it; else 0
   float scale;
   bool delta_softplus, reverse;
 };

@@ -10,16 +10,13 @@
 
 #include "discretization.h"
 #include "params.h"
-#include "stable_abi.h"
+#include "tensors.h"
 
 namespace mamba_ssm {
 
-using torch::headeronly::ScalarType;
-using OptionalTensor = std::optional<Tensor>;
-
 inline Tensor contiguous_float(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
-  return torch::stable::contiguous(tensor);
+  return as_contiguous(tensor);
 }
 inline OptionalTensor contiguous_float(const OptionalTensor& tensor, const char* name) {
   if (!tensor.has_value()) return tensor;
@@ -65,16 +62,12 @@ inline InputMatrix input_matrix(const Tensor& t, const char* name, const ScanPar
 // (batch, channels, length), laid out in memory as `like` is: channel-last or not.
 inline Tensor new_activation(const Tensor& like, ScalarType dtype) {
   const std::int64_t b = like.size(0), d = like.size(1), l = like.size(2);
-  if (like.stride(1) == 1 && d > 1)
-    return torch::stable::transpose(torch::stable::new_empty(like, {b, l, d}, dtype), 1, 2);
-  return torch::stable::new_empty(like, {b, d, l}, dtype);
+  if (like.stride(1) == 1 && d > 1) return transposed(new_tensor(like, {b, l, d}, dtype), 1, 2);
+  return new_tensor(like, {b, d, l}, dtype);
 }
 // t, whose channels are innermost, as new_activation(like, …) would lie in memory.
 inline Tensor like_memory_of(const Tensor& like, const Tensor& t) {
-  return like.stride(1) == 1 && like.size(1) > 1 ? t : torch::stable::contiguous(t);
-}
-inline Tensor new_floats(const Tensor& like, std::vector<std::int64_t> size) {
-  return torch::stable::new_empty(like, size, ScalarType::Float);
+  return like.stride(1) == 1 && like.size(1) > 1 ? t : as_contiguous(t);
 }
 
 inline constexpr const char* kMethodNames[] = {
@@ -151,19 +144,35 @@ inline ScanParams make_params(const ScanArguments& a) {
   return p;
 }
 
+// The states before every `steps` steps are kept as checkpoints, the first of all only where it is not zeros. How many
+// of `steps` there are for each batch element, p.first_checkpoint being set; none for steps = 0.
+inline std::int64_t count_checkpoints(const ScanParams& p, std::int64_t steps) {
+  if (steps == 0 || p.length == 0) return 0;
+  return (p.length + steps - 1) / steps - p.first_checkpoint;
+}
+// For the backward pass: p.first_checkpoint and p.checkpoints from what the forward pass kept.
+inline void use_checkpoints(ScanParams& p, const Tensor& checkpoints, std::int64_t steps) {
+  STD_TORCH_CHECK(steps > 0, "checkpoint_steps: got ", steps, "; expected what the forward pass was called with");
+  if (checkpoints.dim() == 4) p.first_checkpoint = checkpoints.size(1) < count_checkpoints(p, steps) ? 1 : 0;
+  check_shape(checkpoints, {p.batch, count_checkpoints(p, steps), p.states, p.channels}, "checkpoints");
+  p.checkpoints = float_data(checkpoints);
+}
+
 using ScanResults = std::tuple<Tensor, Tensor, Tensor>;
 using ScanGradientResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The operators' implementations, each library's own.
+// The operators' implementations, each library's own. A last_state that is not wanted may be empty.
 ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, OptionalTensor addend, bool float_out,
-                         std::int64_t checkpoint_steps);
-// Where the gradients of B and C go, if not to tensors of their own: (batch, 1, states, length), in the dtype of u.
-struct MatrixTargets {
+                         std::int64_t checkpoint_steps, bool want_last_state = true);
+// Where gradients go, if not to tensors of their own: those of B and C to (batch, 1, states, length) in the dtype of u,
+// those of parameters to scratch memory. dinitial_state may be empty then.
+struct GradientTargets {
   Tensor dB, dC;
+  Scratch& scratch;
 };
 ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor dlast_state, OptionalTensor dz_addend,
                                   Tensor checkpoints, bool float_dz, std::int64_t checkpoint_steps,
-                                  std::optional<MatrixTargets> targets = std::nullopt);
+                                  const GradientTargets* targets = nullptr);
 
 // As the schemas have them.
 inline ScanResults scan_forward_operator(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,

@@ -533,7 +533,7 @@ MAMBA_SSM_DEVICE void start_state(const GpuScan& scan, const Lane& lane, const W
 #pragma unroll
   for (int s = 0; s < tile::kSlots; ++s) {
     const char* source = advance(row, lane.channel(s), states * 4);
-    const bool exists = lane.channel(s) < memory.tile.channels;
+    const bool exists = lane.channel(s) < memory.tile.channels && item.chunk >= scan.p.first_checkpoint;
     copy_async<16>(&target[s * 2][lane.index], source, exists && count > 0);
     copy_async<16>(&target[s * 2 + 1][lane.index], source + 16, exists && count > 4);
   }

@@ -63,7 +63,7 @@ std::int64_t blocks_per_group(const ScanParams& p, int lanes) { return (p.channe
 }  // namespace
 
 ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, OptionalTensor addend, bool float_out,
-                         std::int64_t checkpoint_steps) {
+                         std::int64_t checkpoint_steps, bool) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
   a.make_contiguous();
   initial_state = contiguous_float(initial_state, "initial_state");
@@ -76,8 +76,8 @@ ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, Optional
   p.chunk = checkpoint_steps > 0 ? checkpoint_steps : kForwardChunk;
   Tensor out = new_activation(u, float_out ? ScalarType::Float : u.scalar_type());
   Tensor last_state = new_floats(u, {p.batch, p.channels, p.states});
-  const std::int64_t chunks = checkpoint_steps > 0 ? (p.length + p.chunk - 1) / p.chunk : 0;
-  Tensor checkpoints = new_floats(u, {p.batch, chunks, p.states, p.channels});
+  p.first_checkpoint = initial_state.has_value() ? 0 : 1;
+  Tensor checkpoints = new_floats(u, {p.batch, count_checkpoints(p, checkpoint_steps), p.states, p.channels});
   p.out = activation(out, "out", u);
   p.last_state = float_data(last_state);
   p.checkpoints = checkpoint_steps > 0 ? float_data(checkpoints) : nullptr;
@@ -139,7 +139,7 @@ Tensor sum_splits(const Tensor& parts, bool states_innermost) {
 
 ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor dlast_state, OptionalTensor dz_addend,
                                   Tensor checkpoints, bool float_dz, std::int64_t checkpoint_steps,
-                                  std::optional<MatrixTargets> targets) {
+                                  const GradientTargets* targets) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
   a.make_contiguous();
   dlast_state = contiguous_float(dlast_state, "dlast_state");
@@ -149,9 +149,7 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
   check_checkpoint_steps(checkpoint_steps, 1);
   p.chunk = checkpoint_steps;
   check_shape(dlast_state, {p.batch, p.channels, p.states}, "dlast_state");
-  // empty where the forward ran with checkpoint_steps = 0
-  check_shape(checkpoints, {p.batch, (p.length + p.chunk - 1) / p.chunk, p.states, p.channels}, "checkpoints");
-  p.checkpoints = float_data(checkpoints);
+  use_checkpoints(p, checkpoints, checkpoint_steps);
 
   const auto empty = [&](bool wanted, std::vector<std::int64_t> size) {
     return wanted ? new_floats(u, size) : new_floats(u, {0});
@@ -201,9 +199,10 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
   };
   dB = finish(dB, p.B);
   dC = finish(dC, p.C);
-  if (targets.has_value()) {
-    torch::stable::copy_(targets->dB, dB);
-    torch::stable::copy_(targets->dC, dC);
+  if (targets != nullptr) {
+    Tensor to_dB = targets->dB, to_dC = targets->dC;
+    torch::stable::copy_(to_dB, dB);
+    torch::stable::copy_(to_dC, dC);
   }
   return {du,
           ddelta,

@@ -277,7 +277,8 @@ MAMBA_SSM_INLINE Chunk chunk_at(const ScanParams& p, std::int64_t first) {
 MAMBA_SSM_INLINE std::int64_t chunk_count(const ScanParams& p) { return (p.length + p.chunk - 1) / p.chunk; }
 // The states of a block before a chunk lie together, in rows of its channels.
 MAMBA_SSM_INLINE float* checkpoint(const ScanParams& p, const Block& block, std::int64_t chunk, std::int64_t n) {
-  const std::int64_t row = (block.batch * chunk_count(p) + chunk) * p.channels + block.channel;
+  const std::int64_t chunks = chunk_count(p) - p.first_checkpoint;
+  const std::int64_t row = (block.batch * chunks + chunk - p.first_checkpoint) * p.channels + block.channel;
   return p.checkpoints + row * p.states + n * block.count;
 }
 
@@ -383,7 +384,7 @@ MAMBA_SSM_ONCE void forward_chunk(const ScanParams& p, ScanStates scan, const Bl
   const vfloat skip = load_parameter(p.D, block);
   float *delta = scratch.step_rows(0), *u = scratch.step_rows(1), *y = scratch.step_rows(2);
   float* other = scratch.step_rows(3);  // addend, then z
-  if (p.checkpoints != nullptr) {
+  if (p.checkpoints != nullptr && chunk.first / p.chunk >= p.first_checkpoint) {
     for (std::int64_t n = 0; n < p.states; ++n) {
       store_elements(checkpoint(p, block, chunk.first / p.chunk, n), 0, Dtype::f32, block.count,
                      load(rows.state + n * kLanes));
@@ -670,11 +671,14 @@ MAMBA_SSM_ONCE void backward_chunk(const ScanParams& p, const ScanGradients& g, 
   for (const Activation& a : {p.delta, p.u, g.dout, p.z}) rows.next[i++] = next_rows(a, next_block, next);
   for (const Activation& a : {g.du, g.ddelta, g.dz, g.dz_addend}) rows.next[i++] = next_rows(a, block, chunk);
   const std::int64_t sums = ((block.batch * p.groups + block.group) * g.splits + split) * p.states * p.length;
+  const std::int64_t index = chunk.first / p.chunk;
+  const bool kept = index >= p.first_checkpoint;
   for (std::int64_t n = 0; n < p.states;) {
     const int count = p.states - n >= kAdjointUnroll ? kAdjointUnroll : 1;
     for (int j = 0; j < count; ++j) {
-      const float* before = checkpoint(p, block, chunk.first / p.chunk, n + j);
-      store(rows.state[j].h - kLanes, load_elements(before, 0, Dtype::f32, block.count));
+      vfloat before{};
+      if (kept) before = load_elements(checkpoint(p, block, index, n + j), 0, Dtype::f32, block.count);
+      store(rows.state[j].h - kLanes, before);
     }
     loops.choose(state.A + n * kLanes, count, largest_delta)(rows, n, chunk.steps);
     for (int j = 0; j < count; ++j, ++n) {

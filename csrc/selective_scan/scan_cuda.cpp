@@ -33,13 +33,13 @@ bool has_rows(const Tensor& t, i64 inner, i64 time, i64 bytes) {
 // (batch, channels, length) with the channels side by side, copied if need be.
 Tensor channel_rows(const Tensor& t) {
   if (has_rows(t, 1, 2, 16)) return t;
-  return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(t, 1, 2)), 1, 2);
+  return transposed(as_contiguous(transposed(t, 1, 2)), 1, 2);
 }
 // (batch, [groups,] states, length) with the states side by side, copied if need be.
 Tensor state_rows(const Tensor& t) {
   const i64 state = t.dim() - 2, time = t.dim() - 1;
   if (has_rows(t, state, time, 8)) return t;
-  return torch::stable::transpose(torch::stable::contiguous(torch::stable::transpose(t, state, time)), state, time);
+  return transposed(as_contiguous(transposed(t, state, time)), state, time);
 }
 void to_channel_rows(OptionalTensor& t) {
   if (t.has_value()) t = channel_rows(*t);
@@ -63,11 +63,11 @@ bool is_fast(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor
 }
 
 Tensor projected_delta(const Tensor& weight, const Tensor& input, const ScanParams& p, const Tensor& u, void* stream) {
-  Tensor rows = torch::stable::new_empty(u, {p.batch, p.length, p.channels}, u.scalar_type());
+  Tensor rows = new_tensor(u, {p.batch, p.length, p.channels});
   const DeltaProjection projection{p.delta_input, float_data(weight), p.batch,         p.channels,
                                    p.rank,        p.length,           rows.data_ptr(), p.u.dtype};
   check_launch(launch_project_delta(projection, stream));
-  return torch::stable::transpose(rows, 1, 2);
+  return transposed(rows, 1, 2);
 }
 
 GpuScan make_launch(const ScanParams& p, bool fast, i64 checkpoint_steps) {
@@ -83,7 +83,7 @@ GpuScan make_launch(const ScanParams& p, bool fast, i64 checkpoint_steps) {
   STD_TORCH_CHECK(checkpoint_steps == 0 || tile::kSteps << scan.checkpoint_shift == checkpoint_steps,
                   "checkpoint_steps: got ", checkpoint_steps, "; expected 0 or a power of two from ", tile::kSteps,
                   " on");
-  scan.checkpoints = checkpoint_steps == 0 ? 0 : static_cast<int>((p.length + checkpoint_steps - 1) / checkpoint_steps);
+  scan.checkpoints = static_cast<int>(count_checkpoints(p, checkpoint_steps));
   return scan;
 }
 
@@ -116,7 +116,7 @@ class Segments {
 }  // namespace
 
 ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, OptionalTensor addend, bool float_out,
-                         i64 checkpoint_steps) {
+                         i64 checkpoint_steps, bool want_last_state) {
   auto& [u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method] = a;
   const DeviceOf device(u);
   a.make_contiguous();
@@ -139,13 +139,14 @@ ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, Optional
   p = make_params(a);
   p.addend = activation(addend, "addend", u);
   p.initial_state = float_data(initial_state);
+  p.first_checkpoint = initial_state.has_value() ? 0 : 1;
   GpuScan scan = make_launch(p, fast, checkpoint_steps);
   Tensor out = new_activation(u, out_dtype);
-  Tensor last_state = new_floats(u, {p.batch, p.channels, p.states});
+  Tensor last_state = new_floats(u, {want_last_state ? p.batch : 0, p.channels, p.states});
   Tensor checkpoints = new_floats(u, {p.batch, scan.checkpoints, p.states, p.channels});
   scan.p.out = p.out = activation(out, "out", u);
-  scan.p.last_state = float_data(last_state);
-  scan.p.checkpoints = checkpoint_steps > 0 ? float_data(checkpoints) : nullptr;
+  scan.p.last_state = want_last_state ? float_data(last_state) : nullptr;
+  scan.p.checkpoints = float_data(checkpoints);
 
   // The launches for the first states leave their sums to the next one, which adds them as an addend. The last one
   // applies scale and gate.
@@ -185,7 +186,7 @@ ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, Optional
 
 ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor dlast_state, OptionalTensor dz_addend,
                                   Tensor checkpoints, bool float_dz, i64 checkpoint_steps,
-                                  std::optional<MatrixTargets> targets) {
+                                  const GradientTargets* targets) {
   auto& [u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method] = a;
   const DeviceOf device(u);
   a.make_contiguous();
@@ -210,54 +211,56 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
   }
   delta_weight.reset();
   p = make_params(a);
+  use_checkpoints(p, checkpoints, checkpoint_steps);
   GpuScan scan = make_launch(p, fast, checkpoint_steps);
-  // empty where the forward ran with checkpoint_steps = 0
-  check_shape(checkpoints, {p.batch, scan.checkpoints, p.states, p.channels}, "checkpoints");
-  STD_TORCH_CHECK(checkpoint_steps > 0, "checkpoint_steps: got 0; expected what the forward pass was called with");
-  scan.p.checkpoints = float_data(checkpoints);
 
-  const auto floats = [&](bool wanted, std::vector<i64> size) {
-    return wanted ? new_floats(u, size) : new_floats(u, {0});
+  Scratch own_scratch(u);
+  Scratch& scratch = targets == nullptr ? own_scratch : targets->scratch;
+  const auto result = [&](bool wanted, const Sizes& sizes) {
+    return !wanted ? new_floats(u, {0}) : targets == nullptr ? new_floats(u, sizes) : scratch.floats(sizes);
+  };
+  const auto floats = [&](bool wanted, const Sizes& sizes) {
+    return wanted ? OptionalTensor(scratch.floats(sizes)) : std::nullopt;
   };
   Tensor du = new_activation(u, u.scalar_type());
   Tensor ddelta = new_activation(fast ? u : original_delta, ddelta_dtype);
   Tensor dz = z.has_value() ? new_activation(*z, float_dz ? ScalarType::Float : z->scalar_type()) : new_floats(u, {0});
-  Tensor dinitial_state = new_floats(u, {p.batch, p.channels, p.states});
+  Tensor dinitial_state = new_floats(u, {targets == nullptr ? p.batch : 0, p.channels, p.states});
   const auto matrix = [&](const Tensor& m) {  // the states innermost in memory where the input has them so
     if (m.dim() == 2) return new_floats(u, {p.batch, p.channels, p.states});
     if (m.stride(m.dim() - 2) != 1) return new_floats(u, {p.batch, p.groups, p.states, p.length});
-    return torch::stable::transpose(new_floats(u, {p.batch, p.groups, p.length, p.states}), 2, 3);
+    return transposed(new_floats(u, {p.batch, p.groups, p.length, p.states}), 2, 3);
   };
-  Tensor dB = targets.has_value() ? targets->dB : matrix(original_B);
-  Tensor dC = targets.has_value() ? targets->dC : matrix(original_C);
+  Tensor dB = targets != nullptr ? targets->dB : matrix(original_B);
+  Tensor dC = targets != nullptr ? targets->dC : matrix(original_C);
   // Partial sums, to be added in order: of every batch element, and of every launch.
   const i64 launches = (p.states + tile::kStates - 1) / tile::kStates;
-  const auto sum_for = [&](bool wanted) {
-    return wanted && launches > 1 ? new_activation(u, ScalarType::Float) : new_floats(u, {0});
-  };
-  Tensor sum_du = sum_for(true), sum_ddelta = sum_for(true), sum_dz = sum_for(z.has_value());
-  const auto sum_rows = [&](const Tensor& sum) { return sum.dim() == 3 ? activation(sum, "sum", u) : Activation{}; };
+  OptionalTensor sum_du, sum_ddelta, sum_dz;
+  if (launches > 1) {
+    for (OptionalTensor* sum : {&sum_du, &sum_ddelta, &sum_dz}) *sum = new_activation(u, ScalarType::Float);
+  }
+  const auto sum_rows = [&](const OptionalTensor& sum) { return activation(sum, "sum", u); };
   const Activation addend_rows = activation(dz_addend, "dz_addend", u),
                    dz_rows = z.has_value() ? activation(dz, "dz", u) : Activation{};
   const Segments segments(u, scan, fast);
   const i64 rows = p.batch * scan.segments;
-  Tensor dA = new_floats(u, {rows, p.channels, p.states});
-  Tensor dD = floats(D.has_value(), {rows, p.channels});
-  Tensor ddelta_bias = floats(delta_bias.has_value(), {launches * rows, p.channels});
+  const OptionalTensor dA = floats(true, {rows, p.channels, p.states});
+  const OptionalTensor dD = floats(D.has_value(), {rows, p.channels});
+  const OptionalTensor ddelta_bias = floats(delta_bias.has_value(), {launches * rows, p.channels});
   const bool any_matrix = !p.B.constant || !p.C.constant;
-  Tensor partial = floats(any_matrix, {p.batch, p.groups, scan.tiles, p.length, 2 * tile::kStates});
+  const OptionalTensor partial = floats(any_matrix, {p.batch, p.groups, scan.tiles, p.length, 2 * tile::kStates});
   const i64 warps = p.batch * p.groups * scan.tiles * scan.segments * tile::kWarps;
   constexpr i64 kWarpStates = tile::kWarpChannels * tile::kStates;
-  Tensor kept_states =
+  const OptionalTensor kept_states =
       floats(fast && scan.checkpoint_shift > 0, {warps, (i64{1} << scan.checkpoint_shift) - 1, kWarpStates});
 
   GpuScanGradients out{};
-  out.partial = any_matrix ? float_data(partial) : nullptr;
+  out.partial = float_data(partial);
   out.kept_states = float_data(kept_states);
   ScanGradients& g = out.g;
   g.dout = activation(dout, "dout", u);
   g.dlast_state = float_data(dlast_state);
-  g.dinitial_state = float_data(dinitial_state);
+  g.dinitial_state = targets == nullptr ? float_data(dinitial_state) : nullptr;
   g.dA = float_data(dA);
   g.dB = p.B.constant ? float_data(dB) : nullptr;
   g.dC = p.C.constant ? float_data(dC) : nullptr;
@@ -271,9 +274,9 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
     scan.p.D = last ? p.D : nullptr;
     g.du = last ? activation(du, "du", u) : sum_rows(sum_du);
     g.ddelta = last ? activation(ddelta, "ddelta", u) : sum_rows(sum_ddelta);
-    g.dz = last ? dz_rows : sum_rows(sum_dz);
-    g.dz_addend = first ? addend_rows : sum_rows(sum_dz);
-    g.dD = last && D.has_value() ? float_data(dD) : nullptr;
+    g.dz = last || !z.has_value() ? dz_rows : sum_rows(sum_dz);
+    g.dz_addend = first || !z.has_value() ? addend_rows : sum_rows(sum_dz);
+    g.dD = last ? float_data(dD) : nullptr;
     g.ddelta_bias = delta_bias.has_value() ? float_data(ddelta_bias) + index * rows * p.channels : nullptr;
     if (!first) {
       out.sum_du = sum_rows(sum_du);
@@ -309,18 +312,17 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
   // The rows live until they are summed: memory freed before could become a total.
   RowSums sums[kMostRowSums];
   int count = 0;
-  const auto sum = [&](bool wanted, const Tensor& rows, std::vector<i64> size) {
-    if (!wanted) return rows;
-    Tensor total = new_floats(u, size);
-    if (total.numel() > 0)
-      sums[count++] = {float_data(rows), rows.size(0), total.numel(), total.numel(), float_data(total)};
+  const auto sum = [&](const OptionalTensor& rows, const Sizes& sizes) {
+    Tensor total = result(rows.has_value(), sizes);
+    if (rows.has_value() && total.numel() > 0)
+      sums[count++] = {float_data(rows), rows->size(0), total.numel(), total.numel(), float_data(total)};
     return total;
   };
-  const Tensor total_dA = sum(true, dA, {p.channels, p.states});
-  const Tensor total_dB = sum(p.B.constant, dB, {p.channels, p.states});
-  const Tensor total_dC = sum(p.C.constant, dC, {p.channels, p.states});
-  const Tensor total_dD = sum(D.has_value(), dD, {p.channels});
-  const Tensor total_ddelta_bias = sum(delta_bias.has_value(), ddelta_bias, {p.channels});
+  const Tensor total_dA = sum(dA, {p.channels, p.states});
+  const Tensor total_dB = p.B.constant ? sum(dB, {p.channels, p.states}) : dB;
+  const Tensor total_dC = p.C.constant ? sum(dC, {p.channels, p.states}) : dC;
+  const Tensor total_dD = sum(dD, {p.channels});
+  const Tensor total_ddelta_bias = sum(ddelta_bias, {p.channels});
   if (count > 0) check_launch(launch_sum_rows(sums, count, device.stream()));
   return {like_memory_of(original_u, du),
           like_memory_of(original_delta, ddelta),

@@ -9,7 +9,8 @@ namespace {
 // multiply_tiles. So that each lane reads and writes neighbours, two products take input 4 k + i of sixteen as their
 // k-th, and channel_of says which channel a column is.
 //
-// The products have tf32's precision, so each weight is taken in two parts; a float32 input too.
+// The products have tf32's precision. For an output in float32 each weight is taken in two parts, and a float32 input
+// too; for the half types it is rounded once, to an eighth of what the output is rounded to, or less.
 constexpr int kWarps = 8, kThreads = kWarps * kWarp, kRows = 16, kChannels = 64, kTiles = kChannels / 8;
 constexpr int kPiece = 32, kBlocks = kPiece / 16;  // inputs whose weights are in shared memory at one time
 
@@ -17,11 +18,17 @@ MAMBA_SSM_DEVICE int channel_of(int tile, int column) {
   return tile / 4 * 32 + column / 2 * 8 + tile % 4 * 2 + column % 2;
 }
 
+template <Dtype T>
+constexpr bool kExact = T == Dtype::f32;
+
+// Of two inputs: the weights, or their first parts and then the rests.
+template <Dtype T>
 struct Memory {
-  float4 weight[2 * kBlocks][kTiles][kWarp];  // of two inputs: first parts, then rests
+  std::conditional_t<kExact<T>, float4, float2> weight[2 * kBlocks][kTiles][kWarp];
 };
 
-MAMBA_SSM_DEVICE void load_weights(const DeltaProjection& p, int first_channel, int piece, Memory& memory) {
+template <Dtype T>
+MAMBA_SSM_DEVICE void load_weights(const DeltaProjection& p, int first_channel, int piece, Memory<T>& memory) {
   const int blocks = p.rank - piece <= 16 ? 1 : kBlocks;
   for (int i = threadIdx.x; i < 2 * blocks * kTiles * kWarp; i += kThreads) {
     const int lane = i % kWarp, tile = i / kWarp % kTiles, product = i / kWarp / kTiles;
@@ -30,7 +37,11 @@ MAMBA_SSM_DEVICE void load_weights(const DeltaProjection& p, int first_channel, 
     const float* row = p.weight + static_cast<std::int64_t>(channel) * p.rank;
     const float w0 = channel < p.channels && input < p.rank ? row[input] : 0.0f;
     const float w1 = channel < p.channels && input + 1 < p.rank ? row[input + 1] : 0.0f;
-    memory.weight[product][tile][lane] = {tile_part(w0), tile_part(w1), w0 - tile_part(w0), w1 - tile_part(w1)};
+    if constexpr (kExact<T>) {
+      memory.weight[product][tile][lane] = {tile_part(w0), tile_part(w1), w0 - tile_part(w0), w1 - tile_part(w1)};
+    } else {
+      memory.weight[product][tile][lane] = {round_to_tile(w0), round_to_tile(w1)};
+    }
   }
 }
 
@@ -93,7 +104,7 @@ MAMBA_SSM_DEVICE void store_channels(const DeltaProjection& p, bool all, std::in
 
 template <Dtype In, Dtype T, bool Vectors>
 __global__ void __launch_bounds__(kThreads) project_delta_kernel(MAMBA_SSM_CONSTANT_PARAMETER DeltaProjection p) {
-  Memory& memory = shared_memory<Memory>();
+  Memory<T>& memory = shared_memory<Memory<T>>();
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int first_channel = static_cast<int>(blockIdx.y) * kChannels;
   const std::int64_t rows = p.batch * p.length, step = static_cast<std::int64_t>(gridDim.x) * kWarps * kRows;
@@ -140,14 +151,16 @@ __global__ void __launch_bounds__(kThreads) project_delta_kernel(MAMBA_SSM_CONST
         const float x[4] = {a[block][0][k], a[block][1][k], a[block][0][k + 1], a[block][1][k + 1]};
         float part[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) part[i] = tile_part(x[i]);
+        for (int i = 0; i < 4; ++i) part[i] = kExact<T> ? tile_part(x[i]) : round_to_tile(x[i]);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
-          const float4 w = memory.weight[product][j][lane];
+          const auto w = memory.weight[product][j][lane];
           multiply_tiles(sums[j], part[0], part[1], part[2], part[3], w.x, w.y);
-          multiply_tiles(sums[j], part[0], part[1], part[2], part[3], w.z, w.w);
-          if constexpr (In == Dtype::f32) {
-            multiply_tiles(sums[j], x[0] - part[0], x[1] - part[1], x[2] - part[2], x[3] - part[3], w.x, w.y);
+          if constexpr (kExact<T>) {
+            multiply_tiles(sums[j], part[0], part[1], part[2], part[3], w.z, w.w);
+            if constexpr (In == Dtype::f32) {
+              multiply_tiles(sums[j], x[0] - part[0], x[1] - part[1], x[2] - part[2], x[3] - part[3], w.x, w.y);
+            }
           }
         }
       }
@@ -174,12 +187,13 @@ const char* launch_project_delta(const DeltaProjection& projection, void* stream
                      : project_delta_kernel<in.value, out.value, false>;
     });
   });
+  const std::size_t shared_bytes = p.dtype == Dtype::f32 ? sizeof(Memory<Dtype::f32>) : sizeof(Memory<Dtype::bf16>);
   // Three blocks for each multiprocessor at most: they fetch the weights once.
   const std::int64_t groups = (p.channels + kChannels - 1) / kChannels;
   const std::int64_t tiles = (p.batch * p.length + kWarps * kRows - 1) / (kWarps * kRows);
   const std::int64_t most = (3 * device_multiprocessors() + groups - 1) / groups;
   return launch<DeltaProjection>(kernel, static_cast<unsigned>(tiles < most ? tiles : most),
-                                 static_cast<unsigned>(groups), kThreads, sizeof(Memory), stream, p);
+                                 static_cast<unsigned>(groups), kThreads, shared_bytes, stream, p);
 }
 
 }  // namespace mamba_ssm

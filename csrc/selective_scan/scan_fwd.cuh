@@ -177,7 +177,7 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
     const int now = chunk % 2, next = 1 - now, steps = chunk_steps(p, chunk);
     wait_for_copies();
     __syncwarp();
-    if (kOutput && p.checkpoints != nullptr && is_checkpoint(scan, chunk)) {
+    if (kOutput && p.checkpoints != nullptr && is_checkpoint(scan, chunk) && chunk >= p.first_checkpoint) {
       store_states(scan, t, lane, p.checkpoints, checkpoint_row(scan, t, chunk), h);
     }
     const Stream out = memory.out;

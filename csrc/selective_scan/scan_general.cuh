@@ -72,10 +72,12 @@ MAMBA_SSM_DEVICE void load_states(const GpuScan& scan, const Tile& t, const Thre
 }
 MAMBA_SSM_DEVICE void store_states(const GpuScan& scan, const Tile& t, const Thread& thread, float* matrix,
                                    std::int64_t row, const States& values) {
+  if (matrix == nullptr) return;
   for_each_state(scan, t, thread, row, [&](int j, std::int64_t index) { matrix[index] = values[j]; });
 }
 MAMBA_SSM_DEVICE std::int64_t checkpoint_row(const GpuScan& scan, const Tile& t, int chunk) {
-  return static_cast<std::int64_t>(t.batch) * scan.checkpoints + (chunk >> scan.checkpoint_shift);
+  const int index = (chunk >> scan.checkpoint_shift) - scan.p.first_checkpoint;
+  return static_cast<std::int64_t>(t.batch) * scan.checkpoints + index;
 }
 MAMBA_SSM_DEVICE float load_parameter(const float* parameter, const Tile& t, int channel) {
   return parameter != nullptr && channel < t.channels ? parameter[t.channel + channel] : 0.0f;

@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(tile::kThreads)
 #pragma unroll 1
   for (int index = chunks - 1; index >= 0; --index) {
     const int base = index >> scan.checkpoint_shift << scan.checkpoint_shift;
-    load_states(scan, t, thread, p.checkpoints, checkpoint_row(scan, t, base), 0.0f, h);
+    const float* checkpoints = base < p.first_checkpoint ? nullptr : p.checkpoints;
+    load_states(scan, t, thread, checkpoints, checkpoint_row(scan, t, base), 0.0f, h);
 #pragma unroll 1
     for (int i = base; i < index; ++i) {
       stage(Chunk(p, i));

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(tile::kThreads) forward_kernel(MAMBA_SSM_CONST
     });
     stage_matrix(p.B, scan, t, chunk, memory.B);
     stage_matrix(p.C, scan, t, chunk, memory.C);
-    if (p.checkpoints != nullptr && index % (1 << scan.checkpoint_shift) == 0) {
+    if (p.checkpoints != nullptr && index % (1 << scan.checkpoint_shift) == 0 && index >= p.first_checkpoint) {
       store_states(scan, t, thread, p.checkpoints, checkpoint_row(scan, t, index), h);
     }
     __syncthreads();

@@ -95,6 +95,7 @@ MAMBA_SSM_DEVICE void load_states(const GpuScan& scan, const WarpTile& t, const 
 }
 MAMBA_SSM_DEVICE void store_states(const GpuScan& scan, const WarpTile& t, const Lane& lane, float* matrix,
                                    std::int64_t row, const States& values) {
+  if (matrix == nullptr) return;
   for_each_quad(scan, t, lane, row, [&](int s, int j, std::int64_t index) {
     *reinterpret_cast<float4*>(matrix + index) = {values[s][j], values[s][j + 1], values[s][j + 2], values[s][j + 3]};
   });
@@ -114,9 +115,10 @@ MAMBA_SSM_DEVICE std::int64_t segment_row(const GpuScan& scan, const WarpTile& t
   return static_cast<std::int64_t>(t.batch) * scan.segments + t.segment;
 }
 MAMBA_SSM_DEVICE std::int64_t checkpoint_row(const GpuScan& scan, const WarpTile& t, int chunk) {
-  return static_cast<std::int64_t>(t.batch) * scan.checkpoints + (chunk >> scan.checkpoint_shift);
+  const int index = (chunk >> scan.checkpoint_shift) - scan.p.first_checkpoint;
+  return static_cast<std::int64_t>(t.batch) * scan.checkpoints + index;
 }
-// Whether there is a checkpoint before the chunk.
+// Whether there is a checkpoint before the chunk, or zeros that need none.
 MAMBA_SSM_DEVICE bool is_checkpoint(const GpuScan& scan, int chunk) {
   return (chunk & ((1 << scan.checkpoint_shift) - 1)) == 0;
 }

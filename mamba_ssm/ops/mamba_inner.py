@@ -33,6 +33,7 @@ from mamba_ssm.ops.discretization_ref import get_method
 from mamba_ssm.ops.selective_scan import (
     ScanArgs,
     bidirectional_scan_fn,
+    checkpoint_count,
     checkpoint_steps,
     empty_like_activation,
     selective_scan_backward_flops,
@@ -180,7 +181,7 @@ def _(x, z, *rest):
             continue
         rank, states = direction.dt_weight.shape[1], direction.A_log.shape[1]
         columns = _aligned(rank, x) + 2 * _aligned(states, x)
-        checkpoints = -(-length // steps) if steps else 0
+        checkpoints = checkpoint_count(length, steps, from_zeros=True)
         kept += [
             x.new_empty(batch * length, columns),
             x.new_empty(batch, checkpoints, states, channels, dtype=torch.float32),
@@ -304,7 +305,7 @@ def project_in(
 
     Where the reference serves instead of kernels, every derivative and transform that torch has works.
     """
-    if not use_kernel(h, use_cuda_kernel):
+    if not (torch.is_grad_enabled() and use_kernel(h, use_cuda_kernel)):
         return tuple(t.transpose(1, 2) for t in F.linear(h, weight, bias).chunk(2, dim=-1))
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)

@@ -28,8 +28,8 @@ _TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Ten
 # (channels, rank) float32: Δ before the bias is delta_weight · delta, and delta is (batch, rank, length)
 _TENSORS += "Tensor? delta_weight, "
 _OPTIONS = "float scale, bool delta_softplus, bool reverse, str discretization_method"
-# out, last state (batch, channels, states), and the states before every `checkpoint_steps` steps, which only the
-# backward reads; none with checkpoint_steps = 0
+# out, last state (batch, channels, states), and the states before every `checkpoint_steps` steps, the first of all only
+# where it is not zeros; only the backward reads them; none with checkpoint_steps = 0
 torch.library.define(
     "mamba_ssm::selective_scan_fwd",
     f"({_TENSORS} Tensor? initial_state, Tensor? addend, {_OPTIONS}, bool float_out, int checkpoint_steps) "
@@ -174,13 +174,18 @@ def checkpoint_steps(tensors: Iterable[Tensor | None], A: Tensor, lean_length: i
     """Steps from one checkpoint of the state to the next, 0 where autograd will ask for no gradient of the tensors.
 
     On a GPU, 8 make the backward pass fastest. Where memory counts more, for sequences of `lean_length` steps, there
-    are 64, or as good as no checkpoints in a short sequence: what lies between is made again in scratch memory. On a
-    CPU they are at least N, so that the checkpoints are no larger than the activations."""
+    are 64, or no checkpoints in a short sequence: what lies between is made again in scratch memory. On a CPU they are
+    at least N, so that the checkpoints are no larger than the activations."""
     if not needs_gradient(tensors):
         return 0
     if A.device.type == "cuda":
         return 8 if lean_length is None else 256 if lean_length <= 256 else 64
     return min(max(1 << (A.shape[1] - 1).bit_length(), 32), 256)
+
+
+def checkpoint_count(length: int, steps: int, from_zeros: bool) -> int:
+    """How many states `selective_scan_fwd` keeps of each sequence; from_zeros: without an initial state."""
+    return -(-length // steps) - int(from_zeros) if length and steps else 0
 
 
 def _with_equal_groups(args: ScanArgs) -> ScanArgs:
@@ -220,7 +225,7 @@ def _(
 ):  # fmt: skip
     batch, channels, length = u.shape
     states = A.shape[1]
-    checkpoints = -(-length // checkpoint_steps) if checkpoint_steps else 0
+    checkpoints = checkpoint_count(length, checkpoint_steps, from_zeros=initial_state is None)
     return (
         empty_like_activation(u, torch.float32 if float_out else u.dtype),
         u.new_empty(batch, channels, states, dtype=torch.float32),
