@@ -34,7 +34,7 @@ SCHEMES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 _INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
-_DIGITS_MEAN, _DIGITS_STD = 0.305, 0.376  # over all pixels, of values in [0, 1]
+DIGITS_MEAN, DIGITS_STD = 0.305, 0.376  # over all pixels, of values in [0, 1]
 # Images this small are padded and cropped instead of rescaled, as in DeiT.
 _SMALL = 32
 
@@ -139,8 +139,8 @@ def _digits(args: argparse.Namespace, train: bool, channels: int, rank: int, wor
         [str(name) for name in digits.target_names],
         _order(args, len(images), train, rank, world_size),
         title="DIGITS, training image" if train else "DIGITS, held-out image",
-        mean=_DIGITS_MEAN,
-        std=_DIGITS_STD,
+        mean=DIGITS_MEAN,
+        std=DIGITS_STD,
     )
 
 

@@ -47,12 +47,13 @@ def choose_device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in eval mode and what it is. about: lines for people on where its weights come from."""
+    """A model in eval mode and what it is. args: the checkpoint's; about: lines on where the weights come from."""
 
     model: nn.Module
     name: str
     method: str | None  # None: no Vision Mamba
     input_size: tuple[int, int]
+    args: Mapping[str, Any]
     about: Sequence[str]
 
 
@@ -114,7 +115,7 @@ def load_trained(
         raise UsageError(f"--model {name} cannot be built with {_shown(options)}: {error}") from error
     if source is not None:
         about += load_weights(model, checkpoint, source, ema=ema)
-    return Trained(model.eval(), name, method, size, about)
+    return Trained(model.eval(), name, method, size, args, about)
 
 
 def _pair(size: Any) -> Sequence[int] | None:
