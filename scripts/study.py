@@ -3,9 +3,11 @@
     python scripts/study.py --preset demo                         # the paper's six methods, three seeds, output/demo
     python scripts/study.py --preset demo --methods all --seeds 0 1 2 3 4
     python scripts/study.py --output output/lr -- --lr 3e-3       # what follows -- goes to vim/main.py
+    python scripts/study.py --task seg                            # segmentation; det: detection, of scenes of digits
     python scripts/study.py --task ops                            # no training: problems with known answers
 
-Every run is one call of `vim.main.main` in a process of its own with one thread, as many at a time as there are cores.
+Every run is one call of `vim.main.main` in a process of its own with one thread, as many at a time as there are cores
+(seg, det: of their training with MMEngine; see scripts/study_dense.py).
 Time and memory are measured afterwards, one process at a time. The output folder receives
 
     runs/METHOD-seedN/    log.txt, checkpoints, output.txt (what the trainer printed), result.json once it is finished
@@ -22,11 +24,13 @@ import argparse
 import dataclasses
 import datetime
 import fcntl
+import importlib.util
 import json
 import os
 import platform
 import resource
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,6 +42,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import study_dense
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -51,12 +56,14 @@ class StudyError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What a study trains. `trainer` are arguments of vim/main.py, the same for every run."""
+    """What a study trains. `trainer` are arguments of vim/main.py, the same for every run; of the tasks seg and det,
+    options of their configuration, and `epochs` are updates."""
 
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     epochs: int
     trainer: tuple[str, ...]
+    task: str = "cls"
 
 
 def _digits(lr: float, warmup_epochs: int, model: str) -> tuple[str, ...]:
@@ -79,6 +86,16 @@ PRESETS = {
     ),
 }
 
+PAPER = tuple(PAPER_METHODS)
+DENSE_PRESETS = {
+    task: {
+        "smoke": Preset(("zoh", "bilinear"), (0,), 4, study_dense.smoke_options(task), task),
+        "demo": Preset(PAPER, (0,), updates, (), task),
+        "full": Preset(tuple(METHODS), (0, 1, 2), 4 * updates, (), task),
+    }
+    for task, updates in (("seg", 800), ("det", 800))
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -90,6 +107,7 @@ class Job:
     folder: Path
     argv: tuple[str, ...]
     measure: bool = False  # time and memory instead of accuracy: starts afresh, alone on the machine
+    task: str = "cls"
 
     @property
     def name(self) -> str:
@@ -146,6 +164,12 @@ def work(job_file: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if job["task"] != "cls":
+        before_mb = peak_memory_mb()
+        result = {"method": job["method"], "seed": job["seed"], **study_dense.run_job(job)}
+        memory = {"peak_memory_mb": peak_memory_mb(), "memory_before_mb": before_mb}
+        write_atomically(folder / "result.json", json.dumps({**result, **memory, "environment": environment()}))
+        return
     from vim.main import main, parse_args
 
     before_mb = peak_memory_mb()
@@ -197,8 +221,12 @@ def training_jobs(output: Path, preset: Preset) -> list[Job]:
     for seed in preset.seeds:
         for method in preset.methods:
             folder = output / "runs" / f"{method}-seed{seed}"
-            argv = [*preset.trainer, "--epochs", str(preset.epochs), "--resume", "auto"]
-            jobs.append(Job(method, seed, preset.epochs, folder, _with_run(argv, method, seed, folder)))
+            if preset.task == "cls":
+                argv = [*preset.trainer, "--epochs", str(preset.epochs), "--resume", "auto"]
+                argv = _with_run(argv, method, seed, folder)
+            else:
+                argv = study_dense.training_argv(preset.task, preset.trainer, method, seed, preset.epochs, folder)
+            jobs.append(Job(method, seed, preset.epochs, folder, tuple(argv), task=preset.task))
     return jobs
 
 
@@ -206,8 +234,12 @@ def timing_jobs(output: Path, preset: Preset, epochs: int = 6) -> list[Job]:
     jobs = []
     for method in preset.methods:
         folder = output / "timing" / method
-        argv = [*preset.trainer, "--epochs", str(epochs)]
-        jobs.append(Job(method, 0, epochs, folder, _with_run(argv, method, 0, folder), measure=True))
+        if preset.task == "cls":
+            argv = _with_run([*preset.trainer, "--epochs", str(epochs)], method, 0, folder)
+        else:
+            argv = study_dense.training_argv(preset.task, preset.trainer, method, 0, epochs, folder)
+            argv = study_dense.timing_argv(argv, epochs)
+        jobs.append(Job(method, 0, epochs, folder, tuple(argv), measure=True, task=preset.task))
     return jobs
 
 
@@ -218,13 +250,16 @@ def _with_run(argv: Sequence[str], method: str, seed: int, folder: Path) -> tupl
 def start(job: Job) -> subprocess.Popen[bytes]:
     job.folder.mkdir(parents=True, exist_ok=True)
     if job.measure:
-        for leftover in (*job.folder.glob("*.pth"), *job.folder.glob("log.txt")):
+        for leftover in (*job.folder.glob("*.pth"), *job.folder.glob("log.txt"), *job.folder.glob("last_checkpoint")):
             leftover.unlink()
+        for leftover in job.folder.glob("*/vis_data"):
+            shutil.rmtree(leftover.parent)
     job_file = job.folder / "job.json"
     fields = {
         "method": job.method,
         "seed": job.seed,
         "measure": job.measure,
+        "task": job.task,
         "folder": str(job.folder),
         "argv": job.argv,
     }
@@ -274,6 +309,8 @@ def check_settings(output: Path, preset: Preset) -> None:
     """Refuse to mix runs of different settings in one folder."""
     path = output / "settings.json"
     asked = {"epochs": preset.epochs, "trainer": list(preset.trainer)}
+    if preset.task != "cls":
+        asked["task"] = preset.task
     if not path.exists():
         write_atomically(path, json.dumps(asked, indent=1))
         return
@@ -281,10 +318,14 @@ def check_settings(output: Path, preset: Preset) -> None:
     if there != asked:
         raise StudyError(
             f"'{output}' holds a study with other settings.\n"
-            f"  there: --epochs {there['epochs']} -- {shlex.join(there['trainer'])}\n"
-            f"  asked: --epochs {asked['epochs']} -- {shlex.join(asked['trainer'])}\n"
+            f"  there: {_task_of(there)}--epochs {there['epochs']} -- {shlex.join(there['trainer'])}\n"
+            f"  asked: {_task_of(asked)}--epochs {asked['epochs']} -- {shlex.join(asked['trainer'])}\n"
             "Give the same settings, another --output, or remove that folder."
         )
+
+
+def _task_of(settings: dict[str, Any]) -> str:
+    return f"--task {settings['task']} " if "task" in settings else ""
 
 
 def collect(output: Path, preset: Preset, command: str) -> dict[str, Any]:
@@ -298,6 +339,8 @@ def collect(output: Path, preset: Preset, command: str) -> dict[str, Any]:
         row: dict[str, Any] = {"method": method, "accuracies": accuracies, **mean_and_std(list(accuracies.values()))}
         if runs:
             row["parameters"] = runs[0]["final"]["n_parameters"]
+            for key in study_dense.METRICS.get(preset.task, ()):
+                row[key] = statistics.fmean(run["final"][key] for run in runs)
         if timing := timed.get(method):
             # The fastest epoch, for whatever else the machine does only ever makes one slower.
             fastest = min(timing["history"], key=lambda epoch: epoch["epoch_time_s"])
@@ -306,6 +349,7 @@ def collect(output: Path, preset: Preset, command: str) -> dict[str, Any]:
                 row[key] = timing[key]
         methods.append(row)
     return {
+        "task": preset.task,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "settings": {"epochs": preset.epochs, "trainer": shlex.join(preset.trainer), "seeds": list(preset.seeds)},
@@ -326,7 +370,7 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
 
 # ---- Command line --------------------------------------------------------------------------------------------------
 
-TASKS = ("cls", "ops")
+TASKS = ("cls", "seg", "det", "ops")
 
 
 def split_task(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -345,18 +389,25 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
         own, trainer = own[:split], own[split + 1 :]
     parser = argparse.ArgumentParser(
         description="Train a small VisionMamba with each discretization method, over several seeds, and compare.",
-        epilog="Arguments after -- are added to those of vim/main.py.",
+        epilog="Arguments after -- are added to those of vim/main.py; --task seg, det: KEY=VALUE of the configuration.",
     )
-    parser.add_argument("--task", choices=TASKS, default="cls", help="cls: classification; ops: see --task ops --help")
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        default="cls",
+        help="cls: classification; seg: segmentation; det: detection; ops: see --task ops --help",
+    )
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="model, epochs, methods and seeds")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"'paper', 'all' or any of {', '.join(METHODS)}")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="one run per method and seed")
-    parser.add_argument("--epochs", type=int, help="epochs of each run")
-    parser.add_argument("--output", type=Path, help="folder for runs and report (default output/PRESET)")
+    parser.add_argument("--epochs", type=int, help="epochs of each run; --task seg, det: updates")
+    parser.add_argument(
+        "--output", type=Path, help="folder for runs and report (default output/PRESET, output/PRESET-TASK)"
+    )
     parser.add_argument("--workers", type=int, default=available_cores(), help="runs at a time, one thread each")
     args = parser.parse_args(own)
 
-    preset = PRESETS[args.preset]
+    preset = PRESETS[args.preset] if args.task == "cls" else DENSE_PRESETS[args.task][args.preset]
     groups = {"paper": PAPER_METHODS, "all": METHODS}
     methods = [name for given in args.methods or preset.methods for name in groups.get(given, [given])]
     if unknown := [name for name in methods if name not in METHODS]:
@@ -364,7 +415,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
     for name in ("epochs", "workers"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} must be at least 1, not {value}")
-    args.output = (args.output or Path("output") / args.preset).resolve()
+    name = args.preset if args.task == "cls" else f"{args.preset}-{args.task}"
+    args.output = (args.output or Path("output") / name).resolve()
     preset = dataclasses.replace(
         preset,
         methods=tuple(dict.fromkeys(methods)),
@@ -377,6 +429,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
 
 def check_trainer(output: Path, preset: Preset) -> None:
     """Refuse what the trainer would refuse in every run, and flags that the study sets itself."""
+    if preset.task != "cls":
+        return _check_dense(output, preset)
     from vim.main import ConfigError, parse_args
 
     argv = training_jobs(output, preset)[0].argv
@@ -387,6 +441,21 @@ def check_trainer(output: Path, preset: Preset) -> None:
         parse_args(argv)
     except ConfigError as error:
         raise StudyError(f"vim/main.py does not take these arguments: {error}") from error
+
+
+def _check_dense(output: Path, preset: Preset) -> None:
+    package = {"seg": "mmseg", "det": "mmdet"}[preset.task]
+    if importlib.util.find_spec(package) is None:
+        raise StudyError(f"--task {preset.task} needs {package}: scripts/install_mm.sh {preset.task} installs it")
+    if wrong := [word for word in preset.trainer if "=" not in word]:
+        raise StudyError(f"{', '.join(wrong)} after --: options of the configuration are KEY=VALUE")
+    from vim.openmmlab.runs import RunError
+
+    study_dense.prepare()
+    try:
+        study_dense.check(preset.task, training_jobs(output, preset)[0].argv)
+    except RunError as error:
+        raise StudyError(f"{study_dense.CONFIGS[preset.task]} does not take these options: {error}") from error
 
 
 def study(args: argparse.Namespace, preset: Preset, command: str) -> int:
@@ -402,6 +471,9 @@ def study(args: argparse.Namespace, preset: Preset, command: str) -> int:
     results = collect(args.output, preset, command)
     results["failed"] = [job.name for job in failed]
     write_atomically(args.output / "results.json", json.dumps(results, indent=1))
+    if preset.task != "cls":
+        folders = {job.method: job.folder for job in training_jobs(args.output, preset) if job.seed == preset.seeds[0]}
+        study_dense.overlays(preset.task, folders, args.output)
     study_report.write(results, args.output)
     study_report.print_table(results, console)
     if failed:
@@ -415,7 +487,8 @@ def show(console: Console, stage: str, jobs: Sequence[Job], workers: int) -> lis
     missing = [job for job in jobs if job.result() is None]
     if len(missing) < len(jobs):
         console.print(f"{stage}: {len(jobs) - len(missing)} of {len(jobs)} runs are finished already")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
+    unit = "epochs" if jobs[0].task == "cls" else "updates"
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task(stage, total=sum(job.epochs for job in missing))
 
@@ -427,7 +500,8 @@ def show(console: Console, stage: str, jobs: Sequence[Job], workers: int) -> lis
                 bar.console.print(f"{job.name}: FAILED; {log} ends with", style="red", soft_wrap=True)
                 bar.console.print(tail, markup=False, soft_wrap=True)
             elif job.measure:
-                bar.console.print(f"{job.name}: {result['final']['epoch_time_s']:.2f} s for the last epoch")
+                what = "for the last epoch" if job.task == "cls" else "an update"
+                bar.console.print(f"{job.name}: {result['final']['epoch_time_s']:.2f} s {what}")
             else:
                 bar.console.print(f"{job.name}: {result['final']['test_acc1']:.2f} %")
 
@@ -438,6 +512,8 @@ def show(console: Console, stage: str, jobs: Sequence[Job], workers: int) -> lis
 
 
 def epochs_done(job: Job) -> int:
+    if job.task != "cls":
+        return study_dense.updates_done(job.folder)
     log = job.folder / "log.txt"
     return log.read_bytes().count(b"\n") if log.exists() else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
 import statistics
@@ -57,9 +58,82 @@ def point_style(method: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "markerfacecolor": fill, "linestyle": "none", "capsize": 4, "ms": 7}
 
 
+# ---- Words ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """How a task's figures are called. `more`: further columns, title and key of a method's row."""
+
+    metric: str
+    short: str
+    unit: str
+    images: str
+    trainer: str
+    caveats: tuple[str, ...]
+    more: tuple[tuple[str, str], ...] = ()
+
+
+_DENSE_CAVEATS = (
+    "The scenes are small and made of one kind of object, and the training is short: an order of methods seen here "
+    "need not hold on ADE20K or COCO, and none is claimed. What the runs do show is that each method trains through "
+    "the whole pipeline, with its own gradient, and what it costs.",
+    "The model and its learning rate were chosen once, for all methods, by <code>zoh</code> on these same held-out "
+    "scenes: that makes the figures slightly optimistic, and favours <code>zoh</code> if any.",
+    "The figures are those after the last update, not the best: choosing by the held-out scenes would flatter all.",
+)
+WORDS = {
+    "cls": Words(
+        "accuracy",
+        "accuracy",
+        "epoch",
+        "held-out images",
+        "--epochs {epochs} {trainer}",
+        (
+            "The data set is small and easy, the images tiny: an order of methods seen here need not hold on ImageNet, "
+            "and none is claimed. What the runs do show is that each method trains, with its own gradient, and what it "
+            "costs.",
+            "The demo's model and learning rate were chosen once, for all methods, by the accuracy of "
+            "<code>zoh</code> on these same held-out images: that makes the accuracies slightly optimistic, and "
+            "favours <code>zoh</code> if any.",
+            "The accuracy is that of the last epoch, not of the best: choosing epochs by the held-out images would "
+            "flatter all.",
+        ),
+    ),
+    "seg": Words(
+        "mean IoU",
+        "mIoU",
+        "update",
+        "held-out scenes",
+        "--cfg-options train_cfg.max_iters={epochs} {trainer}",
+        _DENSE_CAVEATS,
+        (("pixels right %", "pixel_acc"),),
+    ),
+    "det": Words(
+        "AP50 of boxes",
+        "box AP50",
+        "update",
+        "held-out scenes",
+        "--cfg-options train_cfg.max_iters={epochs} {trainer}",
+        _DENSE_CAVEATS,
+        (("box AP %", "box_ap"), ("mask AP %", "mask_ap")),
+    ),
+}
+
+
+def words(results: Results) -> Words:
+    return WORDS[results.get("task", "cls")]
+
+
 # ---- Tables --------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("method", "accuracy %", "seeds", "parameters", "s/epoch", "train img/s", "eval img/s", "peak MiB")
+
+def columns(results: Results) -> tuple[str, ...]:
+    """The table's headings."""
+    w = words(results)
+    more = (title for title, _ in w.more)
+    cost = ("seeds", "parameters", f"s/{w.unit}", "train img/s", "eval img/s", "peak MiB")
+    return ("method", f"{w.short} %", *more, *cost)
 
 
 def _rows(results: Results) -> list[tuple[str, ...]]:
@@ -73,6 +147,7 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
             row["method"],
             cell(row, "accuracy_mean", ".2f")
             + ("" if row["accuracy_std"] is None else f" ± {row['accuracy_std']:.2f}"),
+            *(cell(row, key, ".2f") for _, key in words(results).more),
             str(len(row["accuracies"])),
             cell(row, "parameters", ",d"),
             cell(row, "epoch_time_s", ".2f"),
@@ -88,17 +163,18 @@ def table_note(results: Results) -> str:
     """What the table's figures are, in a sentence or two."""
     before = [row["memory_before_mb"] for row in results["methods"] if row.get("memory_before_mb") is not None]
     memory = f", of which {statistics.fmean(before):,.0f} MiB before the model is built" if before else ""
+    w = words(results)
     return (
-        f"Accuracy on {results['held_out_images']} held-out images after the last of {results['settings']['epochs']} "
-        "epochs: mean ± sample standard deviation over the seeds. Time and memory are measured apart, one process with "
-        "one thread at a time: s/epoch and img/s are the best of several epochs and evaluations; peak is the "
-        f"largest resident memory of the process{memory}."
+        f"{w.metric[0].upper()}{w.metric[1:]} on {results['held_out_images']} {w.images} after the last of "
+        f"{results['settings']['epochs']} {w.unit}s: mean ± sample standard deviation over the seeds. Time and memory "
+        f"are measured apart, one process with one thread at a time: s/{w.unit} and img/s are the best of several "
+        f"{w.unit}s and evaluations; peak is the largest resident memory of the process{memory}."
     )
 
 
 def print_table(results: Results, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, name in enumerate(COLUMNS):
+    for i, name in enumerate(columns(results)):
         table.add_column(name.replace(" ", "\n"), justify="right" if i else "left", no_wrap=True)
     for row in _rows(results):
         table.add_row(*row)
@@ -107,7 +183,8 @@ def print_table(results: Results, console: Console) -> None:
 
 
 def markdown_table(results: Results) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+    names = columns(results)
+    lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
     lines += ["| " + " | ".join((f"`{row[0]}`", *row[1:])) + " |" for row in _rows(results)]
     return "\n".join(lines) + "\n\n" + table_note(results) + "\n"
 
@@ -144,7 +221,8 @@ def plot_accuracy_cost(results: Results) -> Figure:
             continue
         x, y, error = row["epoch_time_s"], row["accuracy_mean"], row["accuracy_std"] or 0.0
         axes.errorbar(x, y, error, label=row["method"], **point_style(row["method"]))
-    axes.set(xlabel="training time per epoch, s (one thread)", ylabel="held-out accuracy, %")
+    w = words(results)
+    axes.set(xlabel=f"training time per {w.unit}, s (one thread)", ylabel=f"held-out {w.metric}, %")
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
@@ -161,14 +239,15 @@ def plot_curves(results: Results) -> Figure:
         if not histories:
             continue
         for axes, key in ((left, "train_loss"), (right, "test_acc1")):
-            values = np.array([[epoch[key] for epoch in history] for history in histories])
-            epochs = 1 + np.arange(values.shape[1])
+            values = np.array([[epoch[key] for epoch in history] for history in histories], dtype=float)
+            epochs = np.array([epoch.get("step", i + 1) for i, epoch in enumerate(histories[0])])
             axes.plot(epochs, values.mean(0), label=method, **line_style(method))
             axes.fill_between(epochs, values.min(0), values.max(0), color=line_style(method)["color"], alpha=0.1, lw=0)
         lowest = min(lowest, values[:, -1].min())
-    left.set(xlabel="epoch", ylabel="training loss")
+    w = words(results)
+    left.set(xlabel=w.unit, ylabel="training loss")
     # The first epochs all look alike; what counts is the top.
-    right.set(xlabel="epoch", ylabel="held-out accuracy, %", ylim=(max(0, lowest - 10), 100.5))
+    right.set(xlabel=w.unit, ylabel=f"held-out {w.metric}, %", ylim=(max(0, lowest - 10), 100.5))
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -256,7 +335,8 @@ def plot_stability() -> Figure:
 # ---- Report --------------------------------------------------------------------------------------------------------
 
 PLOTS = {
-    "accuracy_cost.png": "Held-out accuracy against training time. Bars: ± one standard deviation over the seeds.",
+    "accuracy_cost.png": "What the held-out figure costs in training time. Bars: ± one standard deviation over seeds.",
+    "overlays.png": "The first held-out scenes: the truth, and each method's predictions (first seed) over the scene.",
     "curves.png": "Learning curves: mean over the seeds; the bands reach from the smallest to the largest seed.",
     "coefficients.png": (
         "The coefficients, computed by the library's reference. Left: all methods but the bilinear one share one state "
@@ -271,6 +351,7 @@ PLOTS = {
     ),
 }
 
+RUN_PLOTS = ("accuracy_cost.png", "curves.png", "overlays.png")
 _NO_REVISION = "not a git checkout"
 
 STYLE = """\
@@ -305,12 +386,7 @@ _PAGE = """<!DOCTYPE html>
 <ul>
 <li>{spread}</li>
 <li>{resolution}</li>
-<li>The data set is small and easy, the images tiny: an order of methods seen here need not hold on ImageNet, and none
-is claimed. What the runs do show is that each method trains, with its own gradient, and what it costs.</li>
-<li>The demo's model and learning rate were chosen once, for all methods, by the accuracy of <code>zoh</code> on these
-same held-out images: that makes the accuracies slightly optimistic, and favours <code>zoh</code> if any.</li>
-<li>The accuracy is that of the last epoch, not of the best: choosing epochs by the held-out images would flatter
-all.</li>
+{caveats}
 <li><code>foh</code> as published is not consistent: its input factor is about Δ²/2 instead of Δ, so the input fades as
 the steps get shorter. Where it trains, it does so by learning a large Δ or a larger scale elsewhere. This says nothing
 about the textbook first-order hold, which is another rule.</li>
@@ -322,7 +398,7 @@ depends on the unit of time. They are implemented as published.</li>
 {methods}
 <h2>How it was made</h2>
 <pre>{command}</pre>
-<p>Trainer arguments: <code>--epochs {epochs} {trainer}</code></p>
+<p>Trainer arguments: <code>{arguments}</code></p>
 {environment}
 <p>Accuracy, losses and memory of every run are in <code>results.json</code> beside this file.</p>
 </body>
@@ -352,6 +428,8 @@ def _resolution(results: Results) -> str:
     count = results["held_out_images"]
     if not count:
         return "The number of held-out images is unknown, for every measurement of time failed."
+    if results.get("task", "cls") != "cls":
+        return f"There are {count} held-out scenes, which share no digit with the training scenes."
     best = max((row["accuracy_mean"] for row in results["methods"] if row["accuracy_mean"] is not None), default=0.0)
     error = (best * (100 - best) / count) ** 0.5
     return (
@@ -373,7 +451,7 @@ def environment_rows(env: dict[str, Any]) -> list[tuple[str, str]]:
 
 def html_report(results: Results, plots: dict[str, bytes]) -> str:
     """One self-contained page: tables, plots (embedded), caveats, and how it was made."""
-    failed = results["failed"]
+    failed, w = results["failed"], words(results)
     rows = differences(results)
     heading = ("against zoh, points", "mean", "smallest", "largest", "all seeds agree in sign")
     revisions = sorted({run["environment"]["revision"] or _NO_REVISION for run in results["runs"]})
@@ -384,17 +462,17 @@ def html_report(results: Results, plots: dict[str, bytes]) -> str:
     ]
     return _PAGE.format(
         style=STYLE,
-        table=html_table(COLUMNS, _rows(results)),
+        table=html_table(columns(results), _rows(results)),
         note=html.escape(table_note(results)),
         failed=f"<p><strong>Failed runs, left out: {html.escape(', '.join(failed))}.</strong></p>" if failed else "",
-        curves="".join(_figure(name, plots[name]) for name in ("accuracy_cost.png", "curves.png")),
+        curves="".join(_figure(name, plots[name]) for name in RUN_PLOTS if name in plots),
         spread=html.escape(_spread(results)),
         resolution=html.escape(_resolution(results)),
-        differences="<p>Differences in accuracy, paired by seed:</p>" + html_table(heading, rows) if rows else "",
+        differences=f"<p>Differences in {w.metric}, paired by seed:</p>" + html_table(heading, rows) if rows else "",
         methods="".join(_figure(name, plots[name]) for name in ("coefficients.png", "stability.png")),
         command=html.escape(results["command"]),
-        epochs=results["settings"]["epochs"],
-        trainer=html.escape(results["settings"]["trainer"]),
+        arguments=html.escape(w.trainer.format(**results["settings"])),
+        caveats="\n".join(f"<li>{caveat}</li>" for caveat in w.caveats),
         environment=html_table(("", ""), facts),
     )
 
@@ -414,5 +492,7 @@ def write(results: Results, output: Path) -> None:
         plt.close(figure)
         plots[name] = buffer.getvalue()
         (output / name).write_bytes(plots[name])
+    if (output / "overlays.png").exists():
+        plots["overlays.png"] = (output / "overlays.png").read_bytes()
     (output / "table.md").write_text(markdown_table(results), encoding="utf-8")
     (output / "report.html").write_text(html_report(results, plots), encoding="utf-8")

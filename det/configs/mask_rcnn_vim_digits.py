@@ -20,7 +20,7 @@ model = dict(
         patch_size=8,
         stride=8,
         embed_dim=embed_dim,
-        depth=6,
+        depth=4,
         d_state=8,
         drop_path_rate=0.0,
         if_rope=False,
@@ -35,14 +35,22 @@ model = dict(
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=channels, featmap_strides=strides, finest_scale=14),
-        bbox_head=dict(in_channels=channels, conv_out_channels=channels, fc_out_channels=128, num_classes=num_classes),
+        bbox_head=dict(
+            type="ConvFCBBoxHead",
+            num_shared_convs=1,
+            num_shared_fcs=1,
+            in_channels=channels,
+            conv_out_channels=channels,
+            fc_out_channels=128,
+            num_classes=num_classes,
+        ),
         mask_roi_extractor=dict(out_channels=channels, featmap_strides=strides, finest_scale=14),
         mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=channels, num_classes=num_classes),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
         rpn_proposal=dict(nms_pre=300, max_per_img=100),
-        rcnn=dict(sampler=dict(num=32)),
+        rcnn=dict(sampler=dict(num=24)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100), rcnn=dict(max_per_img=30)),
 )
@@ -89,9 +97,9 @@ val_evaluator = dict(
 test_evaluator = val_evaluator
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
     constructor="VisionMambaLayerDecay",
-    paramwise_cfg=dict(layer_decay_rate=0.9),
+    paramwise_cfg=dict(layer_decay_rate=1.0),
     clip_grad=dict(max_norm=10.0),
 )
 max_iters = 1000

@@ -12,11 +12,13 @@ data_root = "data/digit_scenes"
 crop_size = (128, 128)
 num_classes = 11
 embed_dim = 64
+channels = 32
 classes = ("background", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 palette = [
     [40, 40, 40], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48],
     [145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60], [250, 190, 212],
 ]  # fmt: skip
+loss = dict(class_weight=[0.3] + [1.0] * 10)  # five pixels in six are background
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(
@@ -24,15 +26,15 @@ model = dict(
         patch_size=8,
         stride=8,
         embed_dim=embed_dim,
-        depth=6,
+        depth=4,
         d_state=8,
-        out_indices=(2, 3, 4, 5),
+        out_indices=(0, 1, 2, 3),
         drop_path_rate=0.0,
         use_residual_as_feature=True,
         last_layer_process="add",
     ),
-    decode_head=dict(in_channels=[embed_dim] * 4, channels=embed_dim, num_classes=num_classes),
-    auxiliary_head=dict(in_channels=embed_dim, channels=embed_dim, num_classes=num_classes),
+    decode_head=dict(in_channels=[embed_dim] * 4, channels=channels, num_classes=num_classes, loss_decode=loss),
+    auxiliary_head=dict(in_channels=embed_dim, channels=channels, num_classes=num_classes, loss_decode=loss),
     test_cfg=dict(_delete_=True, mode="whole"),
 )
 train_pipeline = [
@@ -51,7 +53,7 @@ dataset = dict(
     seg_map_suffix=".png",
 )
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=0,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
@@ -73,9 +75,9 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=8e-3, betas=(0.9, 0.999), weight_decay=0.05),
     constructor="VisionMambaLayerDecay",
-    paramwise_cfg=dict(layer_decay_rate=0.9),
+    paramwise_cfg=dict(layer_decay_rate=1.0),
     clip_grad=dict(max_norm=5.0),
 )
 max_iters = 1000

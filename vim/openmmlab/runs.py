@@ -19,6 +19,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from mmengine.utils import import_modules_from_strings
 
 from vim.checkpoint import CheckpointError
+from vim.openmmlab import pictures
 
 
 class RunError(Exception):
@@ -30,12 +31,7 @@ class RunError(Exception):
 
 def train(argv: Sequence[str] | None, task: str) -> int:
     """`{seg,det}/train.py`. Returns the exit status; 2 for a RunError or CheckpointError, said on standard error."""
-    parser = argparse.ArgumentParser(description=f"Train with MMEngine's runner ({task}).")
-    parser.add_argument("config", help="configuration file")
-    parser.add_argument("--work-dir", help="folder of logs and checkpoints (default output/CONFIG)")
-    parser.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="go on; default: the last one")
-    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16; needs a GPU")
-    return _main(parser, argv, task, _train)
+    return _main(training_parser(task), argv, task, _train)
 
 
 def test(argv: Sequence[str] | None, task: str) -> int:
@@ -49,7 +45,7 @@ def test(argv: Sequence[str] | None, task: str) -> int:
         parser.add_argument(
             "--tta", action="store_true", help="several scales, each flipped too: the config's tta_pipeline"
         )
-    return _main(parser, argv, task, _test)
+    return _main(_with_common(parser), argv, task, _test)
 
 
 def infer(argv: Sequence[str] | None, task: str) -> int:
@@ -63,13 +59,17 @@ def infer(argv: Sequence[str] | None, task: str) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     if task == "det":
         parser.add_argument("--score", type=float, default=0.3, help="draw what has at least this score")
-    return _main(parser, argv, task, _infer)
+    return _main(_with_common(parser), argv, task, _infer)
 
 
-def _main(parser: argparse.ArgumentParser, argv: Sequence[str] | None, task: str, command: Any) -> int:
+def _with_common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="over the config's")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def _main(parser: argparse.ArgumentParser, argv: Sequence[str] | None, task: str, command: Any) -> int:
     args = parser.parse_args(argv)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     try:
@@ -81,6 +81,21 @@ def _main(parser: argparse.ArgumentParser, argv: Sequence[str] | None, task: str
 
 
 def _train(args: argparse.Namespace, task: str) -> None:
+    build_training(args).train()
+
+
+def training_parser(task: str) -> argparse.ArgumentParser:
+    """The arguments of `{seg,det}/train.py`."""
+    parser = argparse.ArgumentParser(description=f"Train with MMEngine's runner ({task}).")
+    parser.add_argument("config", help="configuration file")
+    parser.add_argument("--work-dir", help="folder of logs and checkpoints (default output/CONFIG)")
+    parser.add_argument("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help="go on; default: the last one")
+    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16; needs a GPU")
+    return _with_common(parser)
+
+
+def build_training(args: argparse.Namespace) -> Runner:
+    """The checked runner for parsed arguments of `training_parser`. Raises RunError, CheckpointError."""
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("output") / Path(args.config).stem)
@@ -94,8 +109,8 @@ def _train(args: argparse.Namespace, task: str) -> None:
     source = cfg.get("load_from") or (find_latest_checkpoint(cfg.work_dir) if cfg.resume else None)
     runner = Runner.from_cfg(cfg)
     if source is not None:
-        check_weights(runner.model, source)
-    runner.train()
+        check_weights(getattr(runner.model, "module", runner.model), source)
+    return runner
 
 
 def _test(args: argparse.Namespace, task: str) -> None:
@@ -131,25 +146,7 @@ def _infer(args: argparse.Namespace, task: str) -> None:
         raise RunError(f"no image at '{args.image}'")
     model = load_model(config, checkpoint, args.cfg_options, args.device)
     out = args.out or Path(f"{args.image.stem}-prediction.png")
-    if task == "seg":
-        from mmseg.apis import inference_model, show_result_pyplot
-
-        show_result_pyplot(
-            model, str(args.image), inference_model(model, str(args.image)), show=False, out_file=str(out),
-            save_dir=None, with_labels=False,
-        )  # fmt: skip
-    else:
-        import mmcv
-        from mmdet.apis import inference_detector
-        from mmdet.registry import VISUALIZERS
-
-        result = inference_detector(model, str(args.image))
-        visualizer = VISUALIZERS.build(model.cfg.visualizer)
-        visualizer.dataset_meta = model.dataset_meta
-        image = mmcv.imread(str(args.image), channel_order="rgb")
-        visualizer.add_datasample(
-            out.name, image, result, draw_gt=False, show=False, pred_score_thr=args.score, out_file=str(out)
-        )
+    pictures.draw(model, str(args.image), getattr(args, "score", 0.0)).save(out)
     print(out)
 
 
@@ -174,7 +171,7 @@ def load_model(
     model = build(cfg, None, device=device)
     state = check_weights(model, checkpoint)
     model.load_state_dict(state)
-    model.dataset_meta = _metainfo(cfg.test_dataloader.dataset)
+    model.dataset_meta = metainfo(cfg.test_dataloader.dataset)
     return model.eval()
 
 
@@ -224,7 +221,8 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                 )
 
 
-def _metainfo(dataset: Mapping[str, Any]) -> dict[str, Any]:
+def metainfo(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes and colours that a data set of a configuration has."""
     from mmengine.registry import DATASETS, DefaultScope
 
     dataset = _innermost(dataset)
@@ -241,7 +239,7 @@ def check_classes(cfg: Config) -> None:
     from mmengine.registry import init_default_scope
 
     init_default_scope(cfg.default_scope)
-    classes = _metainfo(cfg.train_dataloader.dataset).get("classes")
+    classes = metainfo(cfg.train_dataloader.dataset).get("classes")
     if classes is None:
         return
     for key, count in _class_counts(cfg.model, "model"):

@@ -1,0 +1,62 @@
+"""What the tests of seg/ and det/ share: a few scenes, and runs of the command lines small enough to take seconds."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# For every command line: two blocks, 16 channels, batches of 2.
+TINY = ["model.backbone.embed_dim=16", "model.backbone.depth=2", "model.backbone.d_state=4"]
+BRIEF = ["train_dataloader.batch_size=2", "train_cfg.val_interval=4000", "default_hooks.checkpoint.interval=2",
+         "default_hooks.logger.interval=1", "train_cfg.max_iters=4"]  # fmt: skip
+
+
+def data_options(scenes: Path) -> list[str]:
+    """The configurations' data sets, moved to `scenes`."""
+    return [f"{split}_dataloader.dataset.data_root={scenes}" for split in ("train", "val", "test")]
+
+
+def metric_options(scenes: Path) -> list[str]:
+    file = scenes / "annotations/instances_validation.json"
+    return [f"{split}_evaluator.ann_file={file}" for split in ("val", "test")]
+
+
+def start(script: str, *arguments: str, options: Sequence[str] = ()) -> subprocess.Popen:
+    """`python SCRIPT ARGUMENTS --cfg-options OPTIONS` from the checkout; its output is merged into one pipe."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    if options:
+        command += ["--cfg-options", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def call(script: str, *arguments: str, options: Sequence[str] = (), status: int = 0) -> str:
+    """The output of `start`, which must end with `status`."""
+    process = start(script, *arguments, options=options)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == status, output[-4000:]
+    return output
+
+
+def kill_when(process: subprocess.Popen, condition: Callable[[], bool], patience: float = 200.0) -> None:
+    """kill -9 as soon as `condition`; a process that ends before is an error."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
