@@ -44,10 +44,12 @@ def prepare() -> None:
 
 def training_argv(task: str, trainer: Sequence[str], method: str, seed: int, updates: int, folder: Path) -> list[str]:
     """Arguments of {seg,det}/train.py. `trainer` are options of the configuration, KEY=VALUE."""
-    every = max(1, updates // 4)
+    every, warm_up = max(1, updates // 4), max(1, updates // 20)
     options = [
         *data_options(task),
         f"train_cfg.max_iters={updates}",
+        f"param_scheduler.0.end={warm_up}",
+        f"param_scheduler.1.begin={warm_up}",
         f"param_scheduler.1.end={updates}",
         f"train_cfg.val_interval={every}",
         f"default_hooks.checkpoint.interval={min(50, every)}",
@@ -62,8 +64,7 @@ def training_argv(task: str, trainer: Sequence[str], method: str, seed: int, upd
 
 def timing_argv(argv: Sequence[str], updates: int) -> list[str]:
     """The same without evaluation, each update timed."""
-    brief = [f"train_cfg.max_iters={updates}", f"param_scheduler.1.end={10 * updates}", "param_scheduler.0.end=2"]
-    return [*argv, *brief, "default_hooks.logger.interval=1", f"train_cfg.val_begin={updates + 1}"]
+    return [*argv, "default_hooks.logger.interval=1", f"train_cfg.val_begin={updates + 1}"]
 
 
 def data_options(task: str) -> list[str]:

@@ -400,7 +400,7 @@ depends on the unit of time. They are implemented as published.</li>
 <pre>{command}</pre>
 <p>Trainer arguments: <code>{arguments}</code></p>
 {environment}
-<p>Accuracy, losses and memory of every run are in <code>results.json</code> beside this file.</p>
+<p>The figures, losses and memory of every run are in <code>results.json</code> beside this file.</p>
 </body>
 </html>
 """

@@ -100,18 +100,18 @@ def test_history_is_that_of_all_sessions(dense, tmp_path):
 def test_the_whole_study_in_small(task, tmp_path):
     pytest.importorskip(PACKAGE[task], reason=f"scripts/install_mm.sh {task} installs it")
     command = [sys.executable, SCRIPTS / "study.py", "--task", task, "--preset", "smoke", "--output", tmp_path]
-    command += ["--workers", "2"]
+    command += ["--methods", "bilinear"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [row["method"] for row in results["methods"]] == ["zoh", "bilinear"] and results["failed"] == []
+    assert [row["method"] for row in results["methods"]] == ["bilinear"] and results["failed"] == []
     for row in results["methods"]:
         assert 0 <= row["accuracy_mean"] <= 100 and row["epoch_time_s"] > 0 and row["parameters"] > 1000
         assert row["inference_images_per_s"] > 0 and row["peak_memory_mb"] > row["memory_before_mb"]
     for run in results["runs"]:
         assert [entry["step"] for entry in run["history"]] == [1, 2, 3, 4]
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png") == 5 and ("mean IoU" if task == "seg" else "AP50 of boxes") in page
+    assert page.count("data:image/png") == 5 and ("mIoU %" if task == "seg" else "box AP50 %") in page
     assert "accuracy" not in (tmp_path / "table.md").read_text()
     # Finished, the same command does nothing but write the report again.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}

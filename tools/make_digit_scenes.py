@@ -30,8 +30,8 @@ from sklearn.datasets import load_digits
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("training", "validation")
-DRAWING = 2  # number of this way to draw: raise it when the same options would make other pixels
-VISIBLE = 0.35  # of a digit's pixels, below which it does not count as seen: such a scene is drawn anew
+DRAWING = 3  # number of this way to draw: raise it when the same options would make other pixels
+VISIBLE = 0.5  # of a digit's pixels, below which it does not count as seen: such a scene is drawn anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Options:
     val: int = 200
     size: tuple[int, int] = (128, 128)
     vary: float = 0.0
-    digits: tuple[int, int] = (3, 7)
+    digits: tuple[int, int] = (3, 6)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -159,9 +159,9 @@ def _scene(
 
 def _ink(rng: np.random.Generator, image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, tuple[int, int]]:
     """How much of its ink a scaled and rotated digit puts on each pixel, cut to it, and where its corner stands."""
-    side = round(min(height, width) * rng.uniform(0.25, 0.45))
+    side = round(min(height, width) * rng.uniform(0.3, 0.45))
     big = Image.fromarray((image * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    turned = big.rotate(rng.uniform(-25, 25), Image.Resampling.BICUBIC, expand=True)
+    turned = big.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
     strength = np.asarray(turned, dtype=np.float64) / 255
     ink = np.clip((strength - 0.3) / 0.2, 0, 1)  # a sharp edge where the stroke has 0.4 of its strength
     rows, columns = np.nonzero(ink > 0)

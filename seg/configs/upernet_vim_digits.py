@@ -18,12 +18,12 @@ palette = [
     [40, 40, 40], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48],
     [145, 30, 180], [70, 240, 240], [240, 50, 230], [210, 245, 60], [250, 190, 212],
 ]  # fmt: skip
-loss = dict(class_weight=[0.3] + [1.0] * 10)  # five pixels in six are background
+loss = dict(class_weight=[0.15] + [1.0] * 10)  # four pixels in five are background
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(
         img_size=128,
-        patch_size=8,
+        patch_size=16,
         stride=8,
         embed_dim=embed_dim,
         depth=4,
@@ -40,7 +40,7 @@ model = dict(
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
-    dict(type="RandomResize", scale=crop_size, ratio_range=(0.9, 1.3), keep_ratio=True),
+    dict(type="RandomResize", scale=crop_size, ratio_range=(1.0, 1.25), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size),
     dict(type="PackSegInputs"),
 ]
