@@ -200,8 +200,8 @@ def test_convolution_updates_equal_the_whole_sequence(step, circular):
 
 
 def on_gpu(inputs):
-    x, z, directions = inputs
-    return x.cuda(), z.cuda(), [type(d)(*(t if t is None else t.cuda() for t in d)) for d in directions]
+    xz, directions = inputs
+    return xz.cuda(), [type(d)(*(t if t is None else t.cuda() for t in d)) for d in directions]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -209,15 +209,15 @@ def on_gpu(inputs):
 def test_mixer(method, dtype):
     with torch.device("cpu"):
         inputs = mixer_tests.make_inputs(dtype)
-    x, z, directions = on_gpu(inputs)
+    xz, directions = on_gpu(inputs)
     options = {"scale": 0.5, "discretization_method": method}
 
     def run(double=False, **more):
-        tensors = [x, z, *(t for d in directions for t in d)]
+        tensors = [xz, *(t for d in directions for t in d)]
         leaves = [(t.detach().double() if double else t.detach()).requires_grad_() for t in tensors]
         count = len(directions[0])
-        made = [type(d)(*leaves[2 + i * count :][:count]) for i, d in enumerate(directions)]
-        out = mixer_scan(leaves[0], leaves[1], *made, **options, **more)
+        made = [type(d)(*leaves[1 + i * count :][:count]) for i, d in enumerate(directions)]
+        out = mixer_scan(leaves[0], *made, **options, **more)
         weight = torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(5)).to(dtype)
         return {"out": out.detach(), **dict(enumerate(torch.autograd.grad(out, leaves, weight.to(out.dtype))))}
 

@@ -328,7 +328,7 @@ def test_triton_kernels_in_the_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 
@@ -369,6 +369,7 @@ def test_triton_kernels_compile_without_spills(architecture, optional, tmp_path,
         launch = kernels.launch_for(dim)
         constants = {"TILE_ROWS": launch.tile_rows, "TILE_COLUMNS": launch.tile_columns}
         constants |= {name: None for name in absent.intersection(kernel.arg_names)}
+        constants |= {name: launch.stages for name in kernel.arg_names if name == "STAGES"}
         numbers = {name: "i32" for name in kernel.arg_names if name in ("rows", "dim", "rows_per_scale")}
         numbers |= {name: "i32" for name in kernel.arg_names if name.endswith("_stride")} | {"eps": "fp32"}
         signature = {
@@ -391,8 +392,9 @@ def test_triton_kernels_compile_without_spills(architecture, optional, tmp_path,
             text=True,
         ).stdout
         assert "STACK:0 " in resources and "LOCAL:0 " in resources, f"{kernel.__name__} {dim}: {resources}"
-        assert int(re.search(r"REG:(\d+)", resources)[1]) <= 128, f"{kernel.__name__} {dim}: {resources}"
-        assert "ld.global.v4" in compiled.asm["ptx"]
+        most = 128 if kernel is kernels.forward_kernel else 168  # two programs of it are all a multiprocessor holds
+        assert int(re.search(r"REG:(\d+)", resources)[1]) <= most, f"{kernel.__name__} {dim}: {resources}"
+        assert re.search(r"ld.global.v4|cp.async.cg.shared.global .*, 0x10", compiled.asm["ptx"])
 
 
 def add_and_norm(x, weight, bias, residual, scale):

@@ -1,14 +1,13 @@
-"""`mixer_scan` and `project_in`, whose backward passes are written by hand, against plain compositions."""
+"""`mixer_scan`, whose backward pass is written by hand, against a plain composition."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_selective_scan_cpu import assert_as_accurate, decay_rates, needs_kernel
 from torch import Tensor
 
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import METHODS
-from mamba_ssm.ops.mamba_inner import Direction, mixer_scan, project_in
+from mamba_ssm.ops.mamba_inner import Direction, mixer_scan
 
 # float32: eight units in the last place, as a gradient here passes two matrix products besides the scan.
 FLOOR = 1e-6
@@ -42,28 +41,27 @@ def make_inputs(
 ):
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(4)
-    xz = torch.randn(BATCH, length, 2 * channels, generator=generator).to(dtype)
-    x, z = (t.transpose(1, 2) for t in xz.chunk(2, dim=-1))
+    xz = torch.randn(BATCH, length, 2 * channels, generator=generator).to(dtype).transpose(1, 2)
     if layout == "contiguous":
-        x, z = x.contiguous(), z.contiguous()
+        xz = xz.contiguous()
     directions = [make_direction(generator, bias, channels, width) for _ in range(2)]
-    return x, z, [d._replace(x_proj_weight=d.x_proj_weight.to(dtype)) for d in directions]
+    return xz, [d._replace(x_proj_weight=d.x_proj_weight.to(dtype)) for d in directions]
 
 
-def results(x, z, directions, ways: str, *, double: bool = False, **options) -> dict[str, Tensor]:
+def results(xz, directions, ways: str, *, double: bool = False, **options) -> dict[str, Tensor]:
     """The output and the gradient of every tensor under a fixed linear loss."""
 
     def leaf(t: Tensor | None) -> Tensor | None:
         return None if t is None else (t.detach().double() if double else t.detach()).requires_grad_()
 
-    x, z = leaf(x), leaf(z)
+    xz = leaf(xz)
     directions = [Direction(*map(leaf, d)) for d in directions]
-    out = mixer_scan(x, z, *(d if way in ways else None for d, way in zip(directions, "fb", strict=True)), **options)
+    out = mixer_scan(xz, *(d if way in ways else None for d, way in zip(directions, "fb", strict=True)), **options)
     used = [d for d, way in zip(directions, "fb", strict=True) if way in ways]
-    names = ["x", "z", *(f"{name} {i}" for i, d in enumerate(used) for name, t in d._asdict().items() if t is not None)]
-    leaves = [x, z, *(t for d in used for t in d if t is not None)]
+    names = ["xz", *(f"{name} {i}" for i, d in enumerate(used) for name, t in d._asdict().items() if t is not None)]
+    leaves = [xz, *(t for d in used for t in d if t is not None)]
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
-    gradients = torch.autograd.grad(out, leaves, weight.to(x.dtype).to(out.dtype))
+    gradients = torch.autograd.grad(out, leaves, weight.to(xz.dtype).to(out.dtype))
     for gradient, tensor in zip(gradients, leaves, strict=True):
         assert gradient.shape == tensor.shape and gradient.dtype == tensor.dtype
     return {"out": out.detach(), **dict(zip(names, gradients, strict=True))}
@@ -97,19 +95,19 @@ def test_single_directions_layouts_and_absent_tensors(ways, layout, bias):
 @needs_kernel
 def test_no_gradient_no_checkpoints():
     """Inference keeps nothing; what it returns is what training returns."""
-    x, z, directions = make_inputs()
+    xz, directions = make_inputs()
     with torch.no_grad():
-        plain = mixer_scan(x, z, *directions)
-    trained = mixer_scan(x.requires_grad_(), z, *directions)
+        plain = mixer_scan(xz, *directions)
+    trained = mixer_scan(xz.requires_grad_(), *directions)
     assert not plain.requires_grad and trained.requires_grad
     assert torch.equal(plain, trained)
 
 
 @needs_kernel
 def test_second_derivatives_are_refused():
-    x, z, directions = make_inputs()
+    xz, directions = make_inputs()
     (gradient,) = torch.autograd.grad(
-        mixer_scan(x.requires_grad_(), z, *directions).square().sum(), x, create_graph=True
+        mixer_scan(xz.requires_grad_(), *directions).square().sum(), xz, create_graph=True
     )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -132,25 +130,24 @@ def test_second_derivatives_are_refused():
     ],
 )
 def test_wrong_parameters_are_named(change, message):
-    x, z, (forward, backward) = make_inputs()
+    xz, (forward, backward) = make_inputs()
     with pytest.raises(ValueError, match=message):
-        mixer_scan(x, z, forward, backward._replace(**change))
+        mixer_scan(xz, forward, backward._replace(**change))
 
 
-@pytest.mark.parametrize("z", [torch.zeros(2, 36, 40), torch.zeros(2, 36, 41, dtype=torch.float16)])
-def test_x_and_z_must_be_alike(z):
-    x, _, directions = make_inputs()
-    with pytest.raises(ValueError, match="z: got shape"):
-        mixer_scan(x, z, *directions)
-    with pytest.raises(ValueError, match=r"x: got shape \(36, 41\)"):
-        mixer_scan(x[0], x[0], *directions)
+@pytest.mark.parametrize("shape", [(2, 35, 41), (72, 41)])
+def test_shape_of_xz(shape):
+    _, directions = make_inputs()
+    with pytest.raises(ValueError, match=r"xz: got shape .*; expected \(B, 2D, L\)"):
+        mixer_scan(torch.zeros(shape), *directions)
 
 
 @needs_kernel
 @pytest.mark.parametrize("ways", ["fb", "f", "b"])
 def test_operators_keep_their_promises(ways):
     """Schemas and fake implementations, against the real ones."""
-    x, z, directions = make_inputs()
+    xz, directions = make_inputs()
+    x, z = xz.chunk(2, dim=1)
     parameters = [t if way in ways else None for d, way in zip(directions, "fb", strict=True) for t in d]
     options = (0.5, True, "poly", 32)
     torch.library.opcheck(torch.ops.mamba_ssm.mixer_fwd.default, (x, z, *parameters, *options))
@@ -162,30 +159,17 @@ def test_operators_keep_their_promises(ways):
 @needs_kernel
 def test_parameters_in_half_precision():
     """A module in bfloat16: its parameters are taken as they are, and so are their gradients."""
-    x, z, directions = make_inputs(torch.bfloat16)
+    xz, directions = make_inputs(torch.bfloat16)
     halves = [Direction(*(t.bfloat16() for t in d)) for d in directions]
-    kernel, reference = results(x, z, halves, "fb"), results(x, z, halves, "fb", use_cuda_kernel=False)
-    assert_as_accurate(kernel, reference, results(x, z, halves, "fb", double=True), floor=FLOOR)
-
-
-@needs_kernel
-def test_project_in_and_its_gradient():
-    """The backward pass by hand, in float32 where kernels serve, also called inside of autocast."""
-    h, weight, bias = (torch.randn(size, requires_grad=True) for size in ((2, 7, 5), (6, 5), (6,)))
-    x, z = project_in(h, weight, bias)
-    out = F.linear(h, weight, bias)
-    torch.testing.assert_close(torch.cat([x, z], dim=1).transpose(1, 2), out)
-    dout = torch.randn_like(out)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torch.autograd.grad(torch.cat([x, z], dim=1).transpose(1, 2), (h, weight, bias), dout)
-    torch.testing.assert_close(found, torch.autograd.grad(out, (h, weight, bias), dout))
+    kernel, reference = results(xz, halves, "fb"), results(xz, halves, "fb", use_cuda_kernel=False)
+    assert_as_accurate(kernel, reference, results(xz, halves, "fb", double=True), floor=FLOOR)
 
 
 @needs_kernel
 def test_backward_inside_of_autocast():
-    x, z, directions = make_inputs()
-    leaves = [x.requires_grad_(), *(t.requires_grad_() for d in directions for t in d)]
-    out = mixer_scan(x, z, *directions)
+    xz, directions = make_inputs()
+    leaves = [xz.requires_grad_(), *(t.requires_grad_() for d in directions for t in d)]
+    out = mixer_scan(xz, *directions)
     expected = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = torch.autograd.grad(out, leaves, torch.ones_like(out))
@@ -193,9 +177,9 @@ def test_backward_inside_of_autocast():
 
 
 def test_a_direction_is_needed():
-    x, z, _ = make_inputs()
+    xz, _ = make_inputs()
     with pytest.raises(ValueError, match="expected a Direction for at least one"):
-        mixer_scan(x, z, None, None)
+        mixer_scan(xz, None, None)
 
 
 def test_the_reference_keeps_every_derivative(monkeypatch):
@@ -209,38 +193,16 @@ def test_the_reference_keeps_every_derivative(monkeypatch):
         assert mixer(h).isfinite().all()
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_project_in_is_a_linear_layer(bias):
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(2, 7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True) if bias else None
-    x, z = project_in(h, weight, b)
-    torch.testing.assert_close(torch.cat([x, z], dim=1).transpose(1, 2), F.linear(h, weight, b))
-    leaves = (h, weight, b) if bias else (h, weight)
-    assert torch.autograd.gradcheck(lambda *given: project_in(*given), leaves)
-
-
-@needs_kernel
-def test_project_in_follows_autocast():
-    h, weight = torch.randn(2, 7, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        x, z = project_in(h, weight)
-    assert x.dtype == z.dtype == torch.bfloat16
-    (x.float().sum() + z.float().square().sum()).backward()
-    assert h.grad.dtype == weight.grad.dtype == torch.float32
-
-
 @needs_kernel
 def test_one_graph():
-    x, z, directions = make_inputs()
-    leaves = [x.requires_grad_(), *(t.requires_grad_() for d in directions for t in d)]
+    xz, directions = make_inputs()
+    leaves = [xz.requires_grad_(), *(t.requires_grad_() for d in directions for t in d)]
 
-    def loss(x, z, directions):
-        return mixer_scan(x, z, *directions, discretization_method="foh").square().sum()
+    def loss(xz, directions):
+        return mixer_scan(xz, *directions, discretization_method="foh").square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found, expected = compiled(x, z, directions), loss(x, z, directions)
+    found, expected = compiled(xz, directions), loss(xz, directions)
     torch.testing.assert_close(found, expected)
     for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b)

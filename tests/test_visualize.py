@@ -11,7 +11,7 @@ from trainer_runs import BRIEF, DIGITS, VIM
 from trainer_runs import main as train
 
 from mamba_ssm.ops.discretization_ref import METHODS
-from mamba_ssm.ops.mamba_inner import project_in
+from mamba_ssm.ops.mamba_inner import split_channels
 from mamba_ssm.ops.selective_scan_interface import ScanArgs, selective_scan_fn
 from vim.inspection import (
     Scan,
@@ -75,7 +75,7 @@ def test_attention_of_a_model_gives_its_mixers_outputs(options):
             torch.einsum("bdts,bds->bdt", hidden_attention(scan), scan.args.u) + scan.args.D[:, None] * scan.args.u
             for scan in found[i]
         )
-        _, z = project_in(hidden_states, block.mixer.in_proj.weight)
+        _, z = split_channels(block.mixer.in_proj(hidden_states).transpose(1, 2))
         y = y * torch.nn.functional.silu(z) * (0.5 if block.mixer.if_divide_out else 1)
         torch.testing.assert_close(block.mixer.out_proj(y.transpose(1, 2)), expected, rtol=1e-4, atol=1e-5)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from causal_conv1d import causal_conv1d_fn
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import discretize
-from mamba_ssm.ops.mamba_inner import at_least_float32, project_in, scan_arguments
+from mamba_ssm.ops.mamba_inner import at_least_float32, scan_arguments, split_channels
 from mamba_ssm.ops.selective_scan_ref import ScanArgs
 from vim.models_mamba import VisionMamba
 from vim.pos_embed import cls_indices
@@ -44,7 +44,7 @@ def scans(mixer: Mamba, hidden_states: Tensor, reverse: bool = False) -> list[Sc
 
     The mixer's output is out_proj(scale · (sum of the scans' outputs) · silu(z)).
     """
-    x, _ = project_in(hidden_states, mixer.in_proj.weight, mixer.in_proj.bias, use_cuda_kernel=mixer.use_cuda_kernel)
+    x, _ = split_channels(mixer.in_proj(hidden_states).transpose(1, 2))
     if mixer.bimamba_type == "v1":
         args = mixer._scan_arguments(x, reverse)
         against = args._replace(A=-torch.exp(at_least_float32(mixer.A_b_log)))

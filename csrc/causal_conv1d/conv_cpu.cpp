@@ -146,7 +146,7 @@ Tensor in_layout(const Tensor& tensor, bool lanes_over_channels) {
 
 ConvGradients conv_bwd(const Tensor& dout_in, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse,
-                       const OptionalTensor& dx_addend, Scratch*) {
+                       const OptionalTensor& dx_addend, const OptionalTensor& dx_target, Scratch*) {
   const i64 dim = x.size(1), width = weight.size(1);
   const Filter filter(weight, bias);
   ConvProblem p = problem_of(x, filter, width, seq_idx, initial_states, silu, reverse);
@@ -160,7 +160,7 @@ ConvGradients conv_bwd(const Tensor& dout_in, const Tensor& x, const Tensor& wei
     addend = in_layout(*dx_addend, p.lanes_over_channels);
     p.dx_addend = in_scan_order(input(addend), addend, reverse);
   }
-  Tensor dx = empty_bdl(x, p.lanes_over_channels);
+  const Tensor dx = dx_target.has_value() ? *dx_target : empty_bdl(x, p.lanes_over_channels);
   OptionalTensor dinitial;
   p.dout = in_scan_order(input(dout), dout, reverse);
   p.dx = in_scan_order(output(dx), dx, reverse);
@@ -179,12 +179,9 @@ ConvGradients conv_bwd(const Tensor& dout_in, const Tensor& x, const Tensor& wei
   return {dx, dweight, dbias, dinitial};
 }
 
-std::array<Tensor, 2> conv_pair_fwd(const Tensor& x, const ConvFilter (&filters)[2]) {
-  return conv_each_fwd(x, filters);
-}
 ConvPairGradients conv_pair_bwd(const Tensor (&dout)[2], const Tensor& x, const ConvFilter (&filters)[2],
-                                Scratch& scratch) {
-  return conv_each_bwd(dout, x, filters, scratch);
+                                const Tensor& dx, Scratch& scratch) {
+  return conv_each_bwd(dout, x, filters, dx, scratch);
 }
 
 namespace {

@@ -136,11 +136,11 @@ Tensor conv_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bia
 
 ConvGradients conv_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse,
-                       const OptionalTensor& dx_addend, Scratch* scratch) {
+                       const OptionalTensor& dx_addend, const OptionalTensor& dx_target, Scratch* scratch) {
   const DeviceOf device(x);
   GpuConv conv = conv_of(x, weight, bias, seq_idx, initial_states, silu, reverse);
   ConvProblem& p = conv.p;
-  Tensor dx = empty_in_layout_of(x);
+  const Tensor dx = dx_target.has_value() ? *dx_target : empty_in_layout_of(x);
   OptionalTensor dinitial;
   p.dout = in_scan_order(dout, x, reverse, "dout");
   p.dx = in_scan_order(dx, x, reverse, "dx");
@@ -167,49 +167,35 @@ ConvGradients conv_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight
 
 namespace {
 
-// Null where the kernels for pairs do not take this one. `outputs`: for each direction.
-std::optional<GpuConvPair> pair_of(const Tensor& x, const ConvFilter (&filters)[2], const Tensor (&outputs)[2],
-                                   bool backward) {
+// Null where the kernel for pairs does not take this one.
+std::optional<GpuConvPair> pair_of(const Tensor (&dout)[2], const Tensor& x, const ConvFilter (&filters)[2],
+                                   const Tensor& dx) {
   const GpuConv one = conv_of(x, filters[0].weight, filters[0].bias, std::nullopt, std::nullopt, true, false);
   const GpuConv other = conv_of(x, filters[1].weight, filters[1].bias, std::nullopt, std::nullopt, true, false);
-  GpuConvPair pair{one.p, {one.weight, other.weight}, {one.bias, other.bias}, {}, {}, 0, 0};
-  bool fits = fits_rows(one.p) && has_rows(one.p.x, one.p) && one.p.width == other.p.width && x.numel() > 0;
-  for (int i = 0; i < 2; ++i) {
-    ConvArray& array = (backward ? pair.dout : pair.out)[i];
-    array = in_scan_order(outputs[i], x, false, "dout");
-    fits &= has_rows(array, one.p);
-  }
+  GpuConvPair pair{one.p, {one.weight, other.weight}, {one.bias, other.bias}, {}, 0, 0};
+  pair.p.dx = in_scan_order(dx, x, false, "dx");
+  bool fits = fits_rows(one.p) && one.p.width == other.p.width && x.numel() > 0;
+  for (int i = 0; i < 2; ++i) pair.dout[i] = in_scan_order(dout[i], x, false, "dout");
+  for (const ConvArray* a : {&pair.p.x, &pair.p.dx, &pair.dout[0], &pair.dout[1]}) fits &= has_rows(*a, one.p);
   if (!fits) return std::nullopt;
-  divide_rows(pair.p, conv_pair_resident_blocks(backward), pair.chunk, pair.chunks);
+  divide_rows(pair.p, conv_pair_resident_blocks(), pair.chunk, pair.chunks);
   return pair;
 }
 
 }  // namespace
 
-std::array<Tensor, 2> conv_pair_fwd(const Tensor& x, const ConvFilter (&filters)[2]) {
-  const DeviceOf device(x);
-  const Tensor out[2] = {empty_in_layout_of(x), empty_in_layout_of(x)};
-  const std::optional<GpuConvPair> pair = pair_of(x, filters, out, false);
-  if (!pair.has_value()) return conv_each_fwd(x, filters);
-  check_launch(launch_conv_pair(*pair, false, device.stream()));
-  return {out[0], out[1]};
-}
-
 ConvPairGradients conv_pair_bwd(const Tensor (&dout)[2], const Tensor& x, const ConvFilter (&filters)[2],
-                                Scratch& scratch) {
+                                const Tensor& dx, Scratch& scratch) {
   const DeviceOf device(x);
-  std::optional<GpuConvPair> pair = pair_of(x, filters, dout, true);
-  const Tensor dx = empty_in_layout_of(x);
-  if (pair.has_value()) pair->p.dx = in_scan_order(dx, x, false, "dx");
-  if (!pair.has_value() || !has_rows(pair->p.dx, pair->p)) return conv_each_bwd(dout, x, filters, scratch);
+  std::optional<GpuConvPair> pair = pair_of(dout, x, filters, dx);
+  if (!pair.has_value()) return conv_each_bwd(dout, x, filters, dx, scratch);
   ConvProblem& p = pair->p;
   const i64 walks = p.batch * pair->chunks, weights = p.dim * p.width, size = weights + p.dim;
   const Tensor partial = scratch.floats({walks, 2, size});
   p.partial = partial.mutable_data_ptr<float>();
-  const ConvPairGradients result{dx,
-                                 {scratch.floats({p.dim, p.width}), scratch.floats({p.dim, p.width})},
+  const ConvPairGradients result{{scratch.floats({p.dim, p.width}), scratch.floats({p.dim, p.width})},
                                  {scratch.floats({p.dim}), scratch.floats({p.dim})}};
-  check_launch(launch_conv_pair(*pair, true, device.stream()));
+  check_launch(launch_conv_pair(*pair, device.stream()));
   RowSums sums[4];
   for (int i = 0; i < 2; ++i) {
     const float* rows = p.partial + i * size;

@@ -31,12 +31,12 @@ inline unsigned conv_rows_blocks(const ConvProblem& p, std::int64_t chunks) {
   return static_cast<unsigned>(p.batch * chunks * conv_rows_columns(p));
 }
 
-// The same x along and against time, with SiLU: channel-last as the kernels for rows want it. Arrays are in order of
-// time. p: its arrays x and, backward, dx.
+// The backward pass of two convolutions of the same x, along and against time, with SiLU: channel-last as the kernels
+// for rows want it. Arrays are in order of time; of p's, x and dx are read.
 struct GpuConvPair {
   ConvProblem p;
   ConvParameter weight[2], bias[2];
-  ConvArray out[2], dout[2];
+  ConvArray dout[2];
   std::int64_t chunk, chunks;
 };
 
@@ -53,11 +53,11 @@ struct GpuConvUpdate {
 // seq_idx.
 const char* launch_conv(const GpuConv& conv, bool backward, void* stream);
 const char* launch_conv_rows(const GpuConv& conv, bool backward, void* stream);
-// The backward pass leaves (batch * chunks, 2, dim * width + dim).
-const char* launch_conv_pair(const GpuConvPair& pair, bool backward, void* stream);
+// Leaves (batch * chunks, 2, dim * width + dim).
+const char* launch_conv_pair(const GpuConvPair& pair, void* stream);
 // How many blocks of those kernels the current device holds at one time.
 std::int64_t conv_rows_resident_blocks(bool backward);
-std::int64_t conv_pair_resident_blocks(bool backward);
+std::int64_t conv_pair_resident_blocks();
 const char* launch_conv_update(const GpuConvUpdate& update, void* stream);
 
 }  // namespace mamba_ssm

@@ -16,10 +16,11 @@ struct ConvGradients {
   Tensor dx, dweight, dbias;
   OptionalTensor dinitial_states;
 };
-// With `scratch`, dweight and dbias lie there.
+// dx goes to dx_target if there is one, which has the layout of x; with `scratch`, dweight and dbias lie there.
 ConvGradients conv_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu, bool reverse,
-                       const OptionalTensor& dx_addend, Scratch* scratch = nullptr);
+                       const OptionalTensor& dx_addend, const OptionalTensor& dx_target = std::nullopt,
+                       Scratch* scratch = nullptr);
 
 // As the schema has it: dinitial_states is empty without initial states.
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd_operator(const Tensor& dout, const Tensor& x,
@@ -31,36 +32,28 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bwd_operator(const Tensor
   return {g.dx, g.dweight, g.dbias, g.dinitial_states.has_value() ? *g.dinitial_states : new_tensor(x, {0})};
 }
 
-// ---- the same x along and against time, with SiLU and from zeros ---------------------------------------------------
+// ---- two convolutions of the same x, along and against time, with SiLU and from zeros -------------------------------
 
 struct ConvFilter {
   Tensor weight;  // (dim, width)
   OptionalTensor bias;
 };
-std::array<Tensor, 2> conv_pair_fwd(const Tensor& x, const ConvFilter (&filters)[2]);
-
 struct ConvPairGradients {
-  Tensor dx;
   std::array<Tensor, 2> dweight, dbias;  // float32, in scratch memory
 };
+// Sets dx, which has the layout of x.
 ConvPairGradients conv_pair_bwd(const Tensor (&dout)[2], const Tensor& x, const ConvFilter (&filters)[2],
-                                Scratch& scratch);
+                                const Tensor& dx, Scratch& scratch);
 
-// One after the other: what they are where there is no kernel for both.
-inline std::array<Tensor, 2> conv_each_fwd(const Tensor& x, const ConvFilter (&filters)[2]) {
-  const auto one = [&](int i) {
-    return conv_fwd(x, filters[i].weight, filters[i].bias, std::nullopt, std::nullopt, true, i == 1);
-  };
-  return {one(0), one(1)};
-}
+// One after the other: what it is where there is no kernel for both.
 inline ConvPairGradients conv_each_bwd(const Tensor (&dout)[2], const Tensor& x, const ConvFilter (&filters)[2],
-                                       Scratch& scratch) {
-  const auto one = [&](int i, const OptionalTensor& addend) {
+                                       const Tensor& dx, Scratch& scratch) {
+  const auto one = [&](int i, const OptionalTensor& addend, const OptionalTensor& target) {
     return conv_bwd(dout[i], x, filters[i].weight, filters[i].bias, std::nullopt, std::nullopt, true, i == 1, addend,
-                    &scratch);
+                    target, &scratch);
   };
-  const ConvGradients along = one(0, std::nullopt), both = one(1, along.dx);
-  return {both.dx, {along.dweight, both.dweight}, {along.dbias, both.dbias}};
+  const ConvGradients along = one(0, std::nullopt, std::nullopt), both = one(1, along.dx, dx);
+  return {{along.dweight, both.dweight}, {along.dbias, both.dbias}};
 }
 
 }  // namespace mamba_ssm

@@ -1,5 +1,5 @@
-// The CUDA kernels that convolve the same input along and against time at once: it is read once, and its gradient
-// written once. A walk goes along time. Against time, at t,
+// The backward pass of two convolutions of the same input, along and against time, at once: the input is read once, and
+// its gradient written once. A walk goes along time. Against time, at t,
 //
 //     y_b[t] = act(bias_b + sum_k weight_b[k] x[t + (W - 1) - k])
 #include "conv_rows.cuh"
@@ -21,8 +21,7 @@ MAMBA_SSM_DEVICE void convolve_back(const Parameters<W>& parameters, const Four*
 }
 
 // Steps that are worked on together, while those behind them are loaded, and blocks of a multiprocessor.
-constexpr int kForwardSteps = 4, kForwardBlocks = 4;
-constexpr int kBackwardSteps = 2, kBackwardBlocks = 3;
+constexpr int kSteps = 2, kBlocks = 3;
 
 template <int W>
 struct PairParameters {
@@ -34,66 +33,8 @@ struct PairParameters {
   }
 };
 
-// At the head t, the newest input, y[t] and y_b[t - (W - 1)] become known.
-template <int W, Dtype T>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks)
-    conv_pair_forward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuConvPair pair) {
-  constexpr int kSteps = kForwardSteps, kSize = T == Dtype::f32 ? 4 : 2, kLag = W - 1;
-  const ConvProblem& p = pair.p;
-  const Walk walk(p, pair.chunk, pair.chunks);
-  PairParameters<W>& rows = shared_memory<PairParameters<W>>();
-  rows.load(pair, walk.channel - static_cast<int>(threadIdx.x) % kWarp * kChannels);
-  __syncthreads();
-  if (!walk.exists) return;
-  const Row x(p.x, walk.batch, walk.channel, kSize);
-  const Row out(pair.out[0], walk.batch, walk.channel, kSize), out_b(pair.out[1], walk.batch, walk.channel, kSize);
-  const int length = static_cast<int>(p.seqlen), end = walk.end + kLag;
-  RawFour<T> ahead[kSteps];
-  const auto load = [&](int first) {
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const int t = first + i;
-      ahead[i] = x.load_if<T>(t < end && t < length, t);
-    }
-  };
-  load(walk.first);
-  Four window[kLag + kSteps];
-#pragma unroll
-  for (int k = 0; k < kLag; ++k) {
-    const int t = walk.first - kLag + k;
-    to_floats<T>(x.load_if<T>(t >= 0, t), window[k]);
-  }
-  const Parameters<W> along(rows.directions[0]), against(rows.directions[1]);
-  const auto finish = [&](const Row& row, int t, Four& y) {
-#pragma unroll
-    for (int v = 0; v < kChannels; ++v) y[v] *= sigmoid(y[v]);
-    if (t >= walk.first && t < walk.end) {
-      *reinterpret_cast<RawFour<T>*>(advance(row.base, t, row.step)) = from_floats<T>(y);
-    }
-  };
-#pragma unroll 1
-  for (int first = walk.first; first < end; first += kSteps) {
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) to_floats<T>(ahead[i], window[kLag + i]);
-    load(first + kSteps);
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      Four y, y_b;
-      convolve(along, window + i, y);
-      convolve_back(against, window + i, y_b);
-      finish(out, first + i, y);
-      finish(out_b, first + i - kLag, y_b);
-    }
-#pragma unroll
-    for (int k = 0; k < kLag; ++k) {
-#pragma unroll
-      for (int v = 0; v < kChannels; ++v) window[k][v] = window[kSteps + k][v];
-    }
-  }
-}
-
 template <int W>
-struct PairBackwardMemory {
+struct PairMemory {
   PairParameters<W> parameters;
   float4 sums[kRowConvWarps][2][W + 1][kWarp];  // of dweight, then of dbias
 };
@@ -101,12 +42,12 @@ struct PairBackwardMemory {
 // At the head t, dx[t - (W - 1)] becomes complete: it needs the gradients of y from there to t, and those of y_b from
 // t - 2 (W - 1) to there.
 template <int W, Dtype T>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     conv_pair_backward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuConvPair pair) {
-  constexpr int kSteps = kBackwardSteps, kSize = T == Dtype::f32 ? 4 : 2, kLag = W - 1;
+  constexpr int kSize = T == Dtype::f32 ? 4 : 2, kLag = W - 1;
   const ConvProblem& p = pair.p;
   const Walk walk(p, pair.chunk, pair.chunks);
-  PairBackwardMemory<W>& memory = shared_memory<PairBackwardMemory<W>>();
+  PairMemory<W>& memory = shared_memory<PairMemory<W>>();
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int first_channel = walk.channel - lane * kChannels;
   memory.parameters.load(pair, first_channel);
@@ -206,28 +147,25 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
 }
 
 template <int W>
-const char* launch_width(const GpuConvPair& pair, bool backward, void* stream) {
+const char* launch_width(const GpuConvPair& pair, void* stream) {
   return with_static_dtype(pair.p.dtype, [&](auto dtype) {
-    const auto kernel = backward ? conv_pair_backward_kernel<W, dtype.value> : conv_pair_forward_kernel<W, dtype.value>;
-    return launch<GpuConvPair>(kernel, conv_rows_blocks(pair.p, pair.chunks), 1, kThreads,
-                               backward ? sizeof(PairBackwardMemory<W>) : sizeof(PairParameters<W>), stream, pair);
+    return launch<GpuConvPair>(conv_pair_backward_kernel<W, dtype.value>, conv_rows_blocks(pair.p, pair.chunks), 1,
+                               kThreads, sizeof(PairMemory<W>), stream, pair);
   });
 }
 
 }  // namespace
 
-i64 conv_pair_resident_blocks(bool backward) {
-  return static_cast<i64>(device_multiprocessors()) * (backward ? kBackwardBlocks : kForwardBlocks);
-}
+i64 conv_pair_resident_blocks() { return static_cast<i64>(device_multiprocessors()) * kBlocks; }
 
-const char* launch_conv_pair(const GpuConvPair& pair, bool backward, void* stream) {
+const char* launch_conv_pair(const GpuConvPair& pair, void* stream) {
   switch (pair.p.width) {
     case 2:
-      return launch_width<2>(pair, backward, stream);
+      return launch_width<2>(pair, stream);
     case 3:
-      return launch_width<3>(pair, backward, stream);
+      return launch_width<3>(pair, stream);
     default:
-      return launch_width<4>(pair, backward, stream);
+      return launch_width<4>(pair, stream);
   }
 }
 

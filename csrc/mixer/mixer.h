@@ -6,7 +6,6 @@
 #include <optional>
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "../causal_conv1d/conv_ops.h"
@@ -196,31 +195,25 @@ inline std::array<Tensor, 3> split(const MixerDirection& d, const Tensor& rows, 
 
 inline ConvFilter filter_of(const MixerDirection& d) { return {d.conv_rows(), d.conv_bias}; }
 
-// silu(conv(x)) of each direction.
-inline std::vector<Tensor> convolve(const std::vector<MixerDirection>& directions, const Tensor& x) {
-  if (directions.size() == 1) {
-    const ConvFilter f = filter_of(directions[0]);
-    return {conv_fwd(x, f.weight, f.bias, std::nullopt, std::nullopt, true, directions[0].reverse)};
-  }
-  const auto [along, against] = conv_pair_fwd(x, {filter_of(directions[0]), filter_of(directions[1])});
-  return {along, against};
+// silu(conv(x))
+inline Tensor convolve(const MixerDirection& d, const Tensor& x) {
+  return conv_fwd(x, d.conv_rows(), d.conv_bias, std::nullopt, std::nullopt, true, d.reverse);
 }
-
-struct ConvolutionGradients {
-  Tensor dx;
+struct FilterGradients {
   std::vector<Tensor> dweight, dbias;  // of each direction
 };
-inline ConvolutionGradients return_through_convolutions(const std::vector<MixerDirection>& directions, const Tensor& x,
-                                                        const std::vector<Tensor>& du, Scratch& scratch) {
+// Sets dx.
+inline FilterGradients return_through_convolutions(const std::vector<MixerDirection>& directions, const Tensor& x,
+                                                   const std::vector<Tensor>& du, const Tensor& dx, Scratch& scratch) {
   if (directions.size() == 1) {
     const ConvFilter f = filter_of(directions[0]);
     const ConvGradients g = conv_bwd(du[0], x, f.weight, f.bias, std::nullopt, std::nullopt, true,
-                                     directions[0].reverse, std::nullopt, &scratch);
-    return {g.dx, {g.dweight}, {g.dbias}};
+                                     directions[0].reverse, std::nullopt, dx, &scratch);
+    return {{g.dweight}, {g.dbias}};
   }
   const ConvPairGradients g =
-      conv_pair_bwd({du[0], du[1]}, x, {filter_of(directions[0]), filter_of(directions[1])}, scratch);
-  return {g.dx, {g.dweight[0], g.dweight[1]}, {g.dbias[0], g.dbias[1]}};
+      conv_pair_bwd({du[0], du[1]}, x, {filter_of(directions[0]), filter_of(directions[1])}, dx, scratch);
+  return {{g.dweight[0], g.dweight[1]}, {g.dbias[0], g.dbias[1]}};
 }
 
 // ---- the operators -------------------------------------------------------------------------------------------------
@@ -235,14 +228,13 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixer_forward(
       mixer_directions({conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, conv_weight_b, conv_bias_b,
                         x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b});
   const auto prepared = prepare(directions, x, false);
-  std::vector<Tensor> inputs = convolve(directions, x);  // each freed once it is used
   OptionalTensor sum;
   std::array<OptionalTensor, 4> kept;
   for (std::size_t i = 0; i < directions.size(); ++i) {
     const MixerDirection& d = directions[i];
     const PreparedDirection& p = prepared[i];
     const bool last = i + 1 == directions.size();
-    const Tensor u = std::exchange(inputs[i], x);
+    const Tensor u = convolve(d, x);
     const Tensor projected = multiply(rows_of(u), transposed(p.x_proj));
     const auto [dt, B, C] = split(d, projected, u);
     const ScanArguments arguments{u,
@@ -269,7 +261,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixer_forward(
 }
 
 using MixerGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                  Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+                                  Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 inline MixerGradients mixer_backward(Tensor dout, Tensor x, Tensor z, OptionalTensor conv_weight,
                                      OptionalTensor conv_bias, OptionalTensor x_proj_weight, OptionalTensor dt_weight,
@@ -298,7 +290,11 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor x, Tensor z, OptionalTe
     jobs.push_back(copy_job(from, to));
     alive.push_back(from);
   };
-  const std::vector<Tensor> inputs = convolve(directions, x);
+  // (batch, 2 channels, length): dx, then dz, laid out in memory as x is
+  const std::int64_t batch = x.size(0), channels = x.size(1), length = x.size(2);
+  const Tensor dxz = x.stride(1) == 1 && channels > 1 ? transposed(new_tensor(x, {batch, length, 2 * channels}), 1, 2)
+                                                      : new_tensor(x, {batch, 2 * channels, length});
+  const Tensor dx = part_of(dxz, 1, 0, channels), dz_target = part_of(dxz, 1, channels, channels);
   std::vector<Tensor> dinputs;
   OptionalTensor dz;
   for (std::size_t i = 0; i < directions.size(); ++i) {
@@ -306,7 +302,7 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor x, Tensor z, OptionalTe
     const PreparedDirection& p = prepared[i];
     const bool last = i + 1 == directions.size();
     const Tensor& kept = d.reverse ? projected_b : projected;
-    const Tensor& u = inputs[i];
+    const Tensor u = convolve(d, x);
     const auto [dt, B, C] = split(d, kept, u);
     const ScanArguments arguments{u,         dt,    p.A, B, C, p.D, z, p.dt_bias, p.dt_float, scale, delta_softplus,
                                   d.reverse, method};
@@ -316,7 +312,7 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor x, Tensor z, OptionalTe
     const auto as_group = [](const Tensor& t) {  // (batch, 1, states, length)
       return view_of(t, {t.size(0), 1, t.size(1), t.size(2)}, {t.stride(0), 0, t.stride(1), t.stride(2)});
     };
-    const GradientTargets targets{as_group(dB), as_group(dC), scratch};
+    const GradientTargets targets{as_group(dB), as_group(dC), dz_target, scratch};
     const auto [du, ddelta, dA, unused_dB, unused_dC, dD, dz_sum, ddt_bias, dinitial_state] = scan_backward(
         arguments, dout, std::nullopt, dz, d.reverse ? checkpoints_b : checkpoints, !last, checkpoint_steps, &targets);
     dz = dz_sum;
@@ -340,14 +336,14 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor x, Tensor z, OptionalTe
     jobs.back().factor = float_data(p.A);  // dA/d(A_log) = A
     if (d.D.has_value()) finish(d.index + 6, dD);
   }
-  const ConvolutionGradients conv = return_through_convolutions(directions, x, dinputs, scratch);
+  const FilterGradients conv = return_through_convolutions(directions, x, dinputs, dx, scratch);
   for (std::size_t i = 0; i < directions.size(); ++i) {
     finish(directions[i].index, conv.dweight[i]);
     if (directions[i].conv_bias.has_value()) finish(directions[i].index + 1, conv.dbias[i]);
   }
   run_matrix_jobs(jobs, x);
   const auto& g = gradients;
-  return {conv.dx, *dz, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]};
+  return {dxz, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]};
 }
 
 }  // namespace mamba_ssm

@@ -165,9 +165,9 @@ using ScanGradientResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, T
 ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, OptionalTensor addend, bool float_out,
                          std::int64_t checkpoint_steps, bool want_last_state = true);
 // Where gradients go, if not to tensors of their own: those of B and C to (batch, 1, states, length) in the dtype of u,
-// those of parameters to scratch memory. dinitial_state may be empty then.
+// that of z to dz unless it is in float32, those of parameters to scratch memory. dinitial_state may be empty then.
 struct GradientTargets {
-  Tensor dB, dC;
+  Tensor dB, dC, dz;
   Scratch& scratch;
 };
 ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor dlast_state, OptionalTensor dz_addend,

@@ -156,7 +156,9 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
   };
   Tensor du = new_activation(u, u.scalar_type());
   Tensor ddelta = new_activation(delta_weight.has_value() ? u : delta, delta.scalar_type());
-  Tensor dz = z.has_value() ? new_activation(*z, float_dz ? ScalarType::Float : z->scalar_type()) : new_floats(u, {0});
+  Tensor dz = !z.has_value()                    ? new_floats(u, {0})
+              : targets != nullptr && !float_dz ? targets->dz
+                                                : new_activation(*z, float_dz ? ScalarType::Float : z->scalar_type());
   Tensor dA = new_floats(u, {p.batch, p.channels, p.states});
   Tensor dD = empty(D.has_value(), {p.batch, p.channels});
   Tensor ddelta_bias = empty(delta_bias.has_value(), {p.batch, p.channels});

@@ -224,7 +224,10 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
   };
   Tensor du = new_activation(u, u.scalar_type());
   Tensor ddelta = new_activation(fast ? u : original_delta, ddelta_dtype);
-  Tensor dz = z.has_value() ? new_activation(*z, float_dz ? ScalarType::Float : z->scalar_type()) : new_floats(u, {0});
+  const bool own_dz = targets == nullptr || float_dz;
+  Tensor dz = !z.has_value() ? new_floats(u, {0})
+              : !own_dz      ? targets->dz
+                             : new_activation(*z, float_dz ? ScalarType::Float : z->scalar_type());
   Tensor dinitial_state = new_floats(u, {targets == nullptr ? p.batch : 0, p.channels, p.states});
   const auto matrix = [&](const Tensor& m) {  // the states innermost in memory where the input has them so
     if (m.dim() == 2) return new_floats(u, {p.batch, p.channels, p.states});
@@ -330,7 +333,7 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
           total_dB,
           total_dC,
           total_dD,
-          z.has_value() ? like_memory_of(*original_z, dz) : dz,
+          z.has_value() && own_dz ? like_memory_of(*original_z, dz) : dz,
           total_ddelta_bias,
           dinitial_state};
 }

@@ -21,8 +21,8 @@ from mamba_ssm.ops.mamba_inner import (
     at_least_float32,
     gated_scan,
     mixer_scan,
-    project_in,
     scan_arguments,
+    split_channels,
 )
 from mamba_ssm.ops.selective_scan_interface import ScanArgs, bidirectional_scan_fn
 from mamba_ssm.ops.selective_scan_ref import MAX_STATES
@@ -155,17 +155,16 @@ class Mamba(nn.Module):
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, *cache)[0]
 
-        x, z = project_in(hidden_states, self.in_proj.weight, self.in_proj.bias, use_cuda_kernel=self.use_cuda_kernel)
+        xz = self.in_proj(hidden_states).transpose(1, 2)
         if cache is not None:
-            y = self._prefill(x, z, cache)
+            y = self._prefill(*split_channels(xz), cache)
         elif self.bimamba_type == "v1":
-            y = self._scan_both_ways(x, z, reverse)
+            y = self._scan_both_ways(*split_channels(xz), reverse)
         else:
             along = self._direction()
             against = self._direction("_b") if self.bimamba_type == "v2" else None
             y = mixer_scan(
-                x,
-                z,
+                xz,
                 *((against, along) if reverse else (along, against)),
                 scale=0.5 if self.if_divide_out and against is not None else 1.0,
                 discretization_method=self.discretization_method,

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
 from causal_conv1d.ops import conv_backward_flops, conv_flops
@@ -60,8 +60,7 @@ _NO_DIRECTION = (None,) * len(Direction._fields)
 
 
 def mixer_scan(
-    x: Tensor,
-    z: Tensor,
+    xz: Tensor,
     forward: Direction | None,
     backward: Direction | None,
     *,
@@ -72,40 +71,35 @@ def mixer_scan(
 ) -> Tensor:
     """scale · (scan along time + scan against time) · silu(z), each from its own convolution and projections of x.
 
-    x, z: (B, D, L), float32, float16 or bfloat16 (float64: reference). forward, backward: the direction that runs along
-    and the one that runs against time, convolution included; one of them may be None. Their tensors may have any of
-    these dtypes; Δ's parameters, A and D are taken as float32, x_proj's weight is taken in x's dtype.
-    Returns (B, D, L) in x's dtype. Raises ValueError for a wrong argument, which it names.
+    xz: x, then z, (B, 2D, L), float32, float16 or bfloat16 (float64: reference). forward, backward: the direction that
+    runs along and the one that runs against time, convolution included; one of them may be None. Their tensors may have
+    any of these dtypes; Δ's parameters, A and D are taken as float32, x_proj's weight is taken in xz's dtype.
+    Returns (B, D, L) in xz's dtype. Raises ValueError for a wrong argument, which it names.
     """
     get_method(discretization_method)  # unknown: ValueError that lists the known
-    _check_mixer(x, z, forward, backward)
+    _check_mixer(xz, forward, backward)
     parameters = (*(forward or _NO_DIRECTION), *(backward or _NO_DIRECTION))
     float64 = (t for t in parameters if t is not None and t.dtype == torch.float64)
-    if not use_kernel(next(float64, x), use_cuda_kernel):
+    if not use_kernel(next(float64, xz), use_cuda_kernel):
         options = {"delta_softplus": delta_softplus, "discretization_method": discretization_method}
-        return _mixer_scan_ref(x, z, forward, backward, scale, options)
+        return _mixer_scan_ref(*split_channels(xz), forward, backward, scale, options)
     A_log = next(d for d in (forward, backward) if d is not None).A_log
-    steps = checkpoint_steps((x, z, *parameters), A_log, lean_length=x.shape[-1])
+    steps = checkpoint_steps((xz, *parameters), A_log, lean_length=xz.shape[-1])
     options = (scale, delta_softplus, discretization_method, steps)
     if steps == 0:
-        return torch.ops.mamba_ssm.mixer_fwd(x, z, *parameters, *options)[0]
-    return _MixerScan.apply(options, x, z, *parameters)
+        return torch.ops.mamba_ssm.mixer_fwd(*xz.chunk(2, dim=1), *parameters, *options)[0]
+    return _MixerScan.apply(options, xz, *parameters)
 
 
-def _check_mixer(x: Tensor, z: Tensor, forward: Direction | None, backward: Direction | None) -> None:
+def _check_mixer(xz: Tensor, forward: Direction | None, backward: Direction | None) -> None:
     if forward is None and backward is None:
         raise ValueError("forward and backward: got None for both; expected a Direction for at least one")
-    if x.dim() != 3:
-        raise ValueError(f"x: got shape {tuple(x.shape)}; expected (B, D, L)")
-    if z.shape != x.shape or z.dtype != x.dtype or z.device != x.device:
-        raise ValueError(
-            f"z: got shape {tuple(z.shape)}, {z.dtype}, on {z.device}; expected what x has: "
-            f"{tuple(x.shape)}, {x.dtype}, on {x.device}"
-        )
+    if xz.dim() != 3 or xz.shape[1] % 2:
+        raise ValueError(f"xz: got shape {tuple(xz.shape)}; expected (B, 2D, L)")
     for name, direction in (("forward", forward), ("backward", backward)):
         if direction is None:
             continue
-        channels, rank, states = x.shape[1], direction.dt_weight.shape[-1], direction.A_log.shape[-1]
+        channels, rank, states = xz.shape[1] // 2, direction.dt_weight.shape[-1], direction.A_log.shape[-1]
         if not 1 <= states <= MAX_STATES:
             raise ValueError(f"{name}.A_log: got {states} states; expected 1 to {MAX_STATES}")
         width = direction.conv_weight.shape[-1]
@@ -117,8 +111,8 @@ def _check_mixer(x: Tensor, z: Tensor, forward: Direction | None, backward: Dire
         for field, tensor, shape in zip(Direction._fields, direction, shapes, strict=True):
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"{name}.{field}: got shape {tuple(tensor.shape)}; expected {shape}")
-            if tensor is not None and tensor.device != x.device:
-                raise ValueError(f"{name}.{field}: got a tensor on {tensor.device}; expected {x.device}, where x is")
+            if tensor is not None and tensor.device != xz.device:
+                raise ValueError(f"{name}.{field}: got a tensor on {tensor.device}; expected {xz.device}, where xz is")
 
 
 def at_least_float32(parameter: Tensor) -> Tensor:
@@ -162,11 +156,11 @@ torch.library.define(
     f"({_TENSORS}, {_OPTIONS}) "
     "-> (Tensor out, Tensor projected, Tensor checkpoints, Tensor projected_b, Tensor checkpoints_b)",
 )
-# The gradients of absent tensors are empty.
+# The gradient of x and z together, (B, 2D, L), and those of the parameters; of absent ones they are empty.
 torch.library.define(
     "mamba_ssm::mixer_bwd",
     f"(Tensor dout, {_TENSORS}, Tensor projected, Tensor checkpoints, Tensor projected_b, Tensor checkpoints_b, "
-    f"{_OPTIONS}) -> ({', '.join(['Tensor'] * 16)})",
+    f"{_OPTIONS}) -> ({', '.join(['Tensor'] * 15)})",
 )
 
 
@@ -193,7 +187,10 @@ def _(x, z, *rest):
 def _(dout, x, z, *rest):
     parameters = rest[: 2 * len(Direction._fields)]
     gradients = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in parameters)
-    return empty_like_activation(x, x.dtype), empty_like_activation(z, z.dtype), *gradients
+    batch, channels, length = x.shape
+    if x.stride(1) == 1 and channels > 1:
+        return x.new_empty(batch, length, 2 * channels).transpose(1, 2), *gradients
+    return x.new_empty(batch, 2 * channels, length), *gradients
 
 
 def _aligned(columns: int, x: Tensor) -> int:
@@ -208,23 +205,22 @@ def _directions(parameters: Sequence[Tensor | None]) -> list[Direction]:
 
 
 class _MixerScan(torch.autograd.Function):
-    """`mixer_scan` on kernels. Kept for the backward pass besides x, z and the parameters: x_proj's output, and the
+    """`mixer_scan` on kernels. Kept for the backward pass besides xz and the parameters: x_proj's output, and the
     scans' states every few steps. The convolution's output and Δ are made again."""
 
     @staticmethod
-    def forward(ctx, options, x, z, *parameters):
-        out, *kept = torch.ops.mamba_ssm.mixer_fwd(x, z, *parameters, *options)
-        ctx.save_for_backward(x, z, *parameters, *kept)
+    def forward(ctx, options, xz, *parameters):
+        out, *kept = torch.ops.mamba_ssm.mixer_fwd(*xz.chunk(2, dim=1), *parameters, *options)
+        ctx.save_for_backward(xz, *parameters, *kept)
         ctx.options = options
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        saved = ctx.saved_tensors
-        dx, dz, *gradients = torch.ops.mamba_ssm.mixer_bwd(dout, *saved, *ctx.options)
-        parameters = saved[2:]
-        return None, dx, dz, *(g if t is not None else None for g, t in zip(gradients, parameters, strict=False))
+        xz, *tensors = ctx.saved_tensors
+        dxz, *gradients = torch.ops.mamba_ssm.mixer_bwd(dout, *xz.chunk(2, dim=1), *tensors, *ctx.options)
+        return None, dxz, *(g if t is not None else None for g, t in zip(gradients, tensors, strict=False))
 
 
 @register_flop_formula(torch.ops.mamba_ssm.mixer_fwd)
@@ -267,50 +263,6 @@ def mixer_backward_flops(dout, x, z, *rest, out_shape=None) -> int:
             scale, delta_softplus, False, method, False, steps,
         )  # fmt: skip
     return total
-
-
-def _rows(t: Tensor) -> Tensor:
-    """(B, C, L) as (B·L, C), without a copy where t is channel-last."""
-    return t.transpose(1, 2).reshape(-1, t.shape[1])
-
-
-if torch.ops.aten.addmm_ not in flop_registry:  # torch's counter knows addmm, but not the addmm_ of these gradients
-    register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(flop_registry[torch.ops.aten.addmm])
-
-
-class _SplitLinear(torch.autograd.Function):
-    """A linear layer whose output is used in halves: the gradients of the halves are never joined."""
-
-    @staticmethod
-    def forward(ctx, h, weight, bias):
-        ctx.save_for_backward(h, weight)
-        ctx.has_bias = bias is not None
-        return tuple(t.transpose(1, 2) for t in F.linear(h, weight, bias).chunk(2, dim=-1))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dx, dz):
-        h, weight = ctx.saved_tensors
-        rows, (weight_x, weight_z), dx, dz = h.reshape(-1, h.shape[-1]), weight.chunk(2), _rows(dx), _rows(dz)
-        with torch.autocast(h.device.type, enabled=False):  # the dtypes are those of the forward pass
-            dh = (dx @ weight_x).addmm_(dz, weight_z).view(h.shape)
-            dweight = torch.cat([dx.t() @ rows, dz.t() @ rows])
-        return dh, dweight, torch.cat([dx.sum(0), dz.sum(0)]) if ctx.has_bias else None
-
-
-def project_in(
-    h: Tensor, weight: Tensor, bias: Tensor | None = None, *, use_cuda_kernel: bool | None = None
-) -> tuple[Tensor, Tensor]:
-    """x and z, each (B, D, L) and channel-last, the halves of weight (2D, E) · h (B, L, E) + bias (2D,).
-
-    Where the reference serves instead of kernels, every derivative and transform that torch has works.
-    """
-    if not (torch.is_grad_enabled() and use_kernel(h, use_cuda_kernel)):
-        return tuple(t.transpose(1, 2) for t in F.linear(h, weight, bias).chunk(2, dim=-1))
-    if torch.is_autocast_enabled(h.device.type):
-        dtype = torch.get_autocast_dtype(h.device.type)
-        h, weight, bias = (t if t is None else t.to(dtype) for t in (h, weight, bias))
-    return _SplitLinear.apply(h, weight, bias)
 
 
 def scan_arguments(

@@ -20,7 +20,8 @@ MAX_DIM = 32768  # a row has to fit into the registers of one program
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TILE_ELEMENTS = 2048
 _ELEMENTS_PER_THREAD = 16
-_PROGRAMS_PER_SM = 4  # of the backward kernel, each with its own partial sums
+_PROGRAMS_PER_SM = 2  # of the backward kernel, each with its own partial sums
+_STAGES = 3  # of the backward kernel: tiles in flight, in shared memory, where they are no larger than _TILE_ELEMENTS
 
 
 @triton.jit
@@ -108,12 +109,13 @@ def backward_kernel(
     dim,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     column = tl.arange(0, TILE_COLUMNS)
     weights = _load_row(weight, column, dim)
     dweights = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
     dbiases = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, TILE_ROWS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, TILE_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
         mask = (row < rows)[:, None] & (column < dim)[None, :]
         dys = _load_tile(dy, dy_stride, row, column, mask)
@@ -152,6 +154,7 @@ class Launch(NamedTuple):
     tile_rows: int
     tile_columns: int
     num_warps: int
+    stages: int  # of the backward kernel
 
 
 @cache
@@ -159,7 +162,7 @@ def launch_for(dim: int) -> Launch:
     columns = triton.next_power_of_2(dim)
     rows = max(1, min(32, _TILE_ELEMENTS // columns))
     warps = rows * columns // (32 * _ELEMENTS_PER_THREAD)
-    return Launch(rows, columns, max(1, min(32, warps)))
+    return Launch(rows, columns, max(1, min(32, warps)), _STAGES if columns <= _TILE_ELEMENTS else 1)
 
 
 @cache
@@ -303,6 +306,7 @@ def add_norm_bwd(
             dim,
             launch.tile_rows,
             launch.tile_columns,
+            launch.stages,
             num_warps=launch.num_warps,
         )
     return dx, dresidual, dweight.sum(0), dbias.sum(0)
