@@ -1,5 +1,6 @@
 """Segmentation as it is used: the configurations, train, kill, resume, test, draw; and what is said of bad input."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
 
-from vim.openmmlab.runs import RunError, check_classes, check_data, load_config
+from mamba_ssm.ops.discretization_ref import METHODS
+from vim.openmmlab.runs import RunError, check_classes, check_data, load_config, training_parser
 
 DIGITS = "seg/configs/upernet_vim_digits.py"
 SHAPES = ["model.backbone.out_indices=[0]", "model.backbone.last_layer_process=none", "model.decode_head.channels=8",
@@ -99,6 +101,19 @@ def test_published_recipes():
 def test_the_method_is_one_variable():
     model = build(DIGITS, **{"model.backbone.discretization_method": "bilinear"})
     assert {block.mixer.discretization_method for block in model.backbone.layers} == {"bilinear"}
+
+
+def test_documented_commands_parse():
+    text = (ROOT / "documentation/segmentation_detection.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith(("python ", "scripts/"))]
+    trained = [words[2:] for words in lines if words[:1] == ["python"] and words[1].endswith("/train.py")]
+    trained += [[words[1], *words[3:]] for words in lines if words[0].startswith("scripts/dist_train_")]
+    assert len(trained) == 4
+    for argv in trained:
+        args = training_parser("seg").parse_args(argv)
+        cfg = Config.fromfile(ROOT / args.config)
+        cfg.merge_from_dict(args.cfg_options or {})
+        assert cfg.model.backbone.discretization_method in METHODS
 
 
 # --- odd sizes ---

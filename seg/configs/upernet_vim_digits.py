@@ -53,7 +53,7 @@ dataset = dict(
     seg_map_suffix=".png",
 )
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=0,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
@@ -75,15 +75,15 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=8e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=5e-3, betas=(0.9, 0.999), weight_decay=0.05),
     constructor="VisionMambaLayerDecay",
     paramwise_cfg=dict(layer_decay_rate=1.0),
     clip_grad=dict(max_norm=5.0),
 )
-max_iters = 1000
+max_iters = 4000
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=50),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=50, end=max_iters),
+    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=100),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=100, end=max_iters),
 ]
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=250)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=1000)
 default_hooks = dict(checkpoint=dict(interval=250))
