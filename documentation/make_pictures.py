@@ -33,7 +33,7 @@ def run(folder: Path, *argv: str) -> str:
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")
-    return result.stdout.replace(f"{folder}/", "")
+    return result.stdout.replace(f"{folder}/", "").replace(str(folder), "output")
 
 
 def of_text(text: str, lines: int = 18) -> bytes:
