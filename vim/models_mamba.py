@@ -105,7 +105,8 @@ class PatchEmbed(nn.Module):
         if self.dynamic_img_size:
             bottom, right = self._padding(x.shape[-2:])
             x = F.pad(x, (0, right, 0, bottom))
-        if self.stride != self.patch_size:
+        # The product's shapes would tie an exported program to some image sizes.
+        if self.stride != self.patch_size or torch.compiler.is_exporting():
             return self.proj(x).flatten(2).transpose(1, 2)
         # The convolution as one matrix product: as such it takes a fifth of the time on a GPU.
         (height, width), (batch, channels) = self.patch_size, x.shape[:2]
