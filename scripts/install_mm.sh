@@ -10,11 +10,11 @@
 #   MM_SDIST     mmcv's source archive, if it is not to be downloaded
 #   MAX_JOBS     compilers at a time (default: one per core)
 #   PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER   install from a folder of wheels, without network; MM_NO_DEPS=1: install only
-#                what the adapters import, leaving out mmdet's optional image corruptions (imaug, numba, …)
+#                the packages themselves; what they import must be there, but mmdet's image corruptions need not
 set -euo pipefail
 
-MM_SEG=(onedl-mmengine onedl-mmcv onedl-mmsegmentation)
-MM_DET=(onedl-mmengine onedl-mmcv onedl-mmdetection)
+MM_SEG=(onedl-mmengine onedl-mmsegmentation)
+MM_DET=(onedl-mmengine onedl-mmdetection)
 
 mm_die() {
     printf 'install_mm: %s\n' "$*" >&2
@@ -72,7 +72,7 @@ mm_install() { # mm_install NAME==VERSION…
     if mm_is_installed "$@"; then return; fi
     echo "install_mm: installing $*"
     local -a options=(--quiet -c constraints.txt)
-    if [[ -n "${MM_NO_DEPS:-}" ]]; then options+=(--no-deps); fi
+    if [[ -n "${MM_NO_DEPS:-}" ]]; then options+=(--no-deps --no-build-isolation); fi
     mm_pip install "${options[@]}" "$@"
 }
 
@@ -144,16 +144,16 @@ mm_install_ops() {
 mm_check_family
 mmcv="$(mm_pinned onedl-mmcv)"
 readarray -t mm_build_tools < <(mm_pinned setuptools ninja)
-if [[ "$task" != det ]]; then
-    readarray -t packages < <(mm_pinned "${MM_SEG[@]}")
-    mm_install "${packages[@]}"
-    "$MM_PYTHON" -c "import mmseg.apis" || mm_die "mmseg does not import"
-fi
-if [[ "$task" != seg ]]; then
-    readarray -t packages < <(mm_pinned "${MM_DET[@]}")
-    mm_install "${packages[@]}"
+packages=()
+if [[ "$task" != det ]]; then readarray -t -O "${#packages[@]}" packages < <(mm_pinned "${MM_SEG[@]}"); fi
+if [[ "$task" != seg ]]; then readarray -t -O "${#packages[@]}" packages < <(mm_pinned "${MM_DET[@]}"); fi
+mm_install "${packages[@]}"
+if [[ "$task" == seg ]]; then
+    mm_install "$mmcv" # with or without operators
+else
     if [[ -z "${MM_NO_DEPS:-}" ]]; then mm_pip install --quiet "${mm_build_tools[@]}" wheel; fi
     mm_install_ops
     "$MM_PYTHON" -c "import mmcv.ops, mmdet.apis" || mm_die "mmdet does not import"
 fi
+if [[ "$task" != det ]]; then "$MM_PYTHON" -c "import mmseg.apis" || mm_die "mmseg does not import"; fi
 echo "install_mm: $task is ready"

@@ -3,7 +3,7 @@
     python tools/make_digit_scenes.py
     python seg/train.py seg/configs/upernet_vim_digits.py --cfg-options model.backbone.discretization_method=bilinear
 
-mIoU: see the README.
+With zoh, 0.50 mean IoU after half of the updates; the whole has not been run yet.
 """
 
 _base_ = ["_base_/upernet.py", "_base_/runtime.py"]
