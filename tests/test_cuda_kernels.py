@@ -221,8 +221,9 @@ def test_mixer(method, dtype):
         weight = torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(5)).to(dtype)
         return {"out": out.detach(), **dict(enumerate(torch.autograd.grad(out, leaves, weight.to(out.dtype))))}
 
-    # matrix products of the GPU stand between: tensor cores, in other orders than the reference's
-    assert_as_accurate(run(), run(use_cuda_kernel=False), run(double=True), floor=mixer_tests.FLOOR)
+    # Matrix products of the GPU stand between, in other orders than the reference's, and in float32 Δ is made of three
+    # products of tf32 parts, good to 2^-22, of which the truncated methods take the fifth power.
+    assert_as_accurate(run(), run(use_cuda_kernel=False), run(double=True), floor=3 * mixer_tests.FLOOR)
 
 
 def make_mixer(length: int = 197, batch: int = 4, dtype: torch.dtype = torch.float32):
