@@ -154,7 +154,7 @@ class Launch(NamedTuple):
     tile_rows: int
     tile_columns: int
     num_warps: int
-    stages: int  # of the backward kernel
+    stages: int  # of the backward kernel of RMSNorm; LayerNorm's has no registers to spare for more than one
 
 
 @cache
@@ -306,7 +306,7 @@ def add_norm_bwd(
             dim,
             launch.tile_rows,
             launch.tile_columns,
-            launch.stages,
+            launch.stages if is_rms_norm else 1,
             num_warps=launch.num_warps,
         )
     return dx, dresidual, dweight.sum(0), dbias.sum(0)
