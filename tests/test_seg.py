@@ -207,7 +207,7 @@ def test_checkpoint_of_another_width_is_named(run, options, tmp_path):
             "model.auxiliary_head.in_channels=32"]  # fmt: skip
     arguments = [DIGITS, run / "iter_4.pth", "--work-dir", tmp_path]
     output = call("seg/test.py", *arguments, options=[*options, *wide], status=2)
-    assert "does not fit this model" in output and "(1, 256, 16) instead of (1, 256, 32)" in output
+    assert "does not fit this model" in output and "patch_embed.proj.bias (16,) instead of (32,)" in output
     output = call("seg/test.py", DIGITS, tmp_path / "no.pth", "--work-dir", tmp_path, options=options, status=2)
     assert "no checkpoint at" in output
 
