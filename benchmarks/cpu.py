@@ -448,7 +448,6 @@ GROUPS = {  # operator names begin with …
     "mixers between their outer projections": ("mamba_ssm::mixer",),
     "norm": ("mamba_ssm::", "aten::native_layer_norm", "aten::_fused_rms_norm"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
-    "patch embedding": ("aten::convolution", "aten::_convolution", "aten::mkldnn_convolution", "aten::conv2d"),
 }
 OTHER, OUTSIDE = "other operators", "outside operators (Python, profiler)"
 
