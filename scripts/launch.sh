@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by scripts/pretrain.sh, finetune.sh, eval.sh, sweep.sh and slurm/train.sbatch, which define `usage`: checks of
-# their arguments, and how vim/main.py is started.
+# Sourced by scripts/pretrain.sh, finetune.sh, eval.sh, sweep.sh, dist_train.sh and slurm/train.sbatch, which define
+# `usage`: checks of their arguments, and how vim/main.py is started.
 #   PYTHON   interpreter that has the project (default: .venv's if there is one, else python3)
 # Afterwards the working directory is the checkout.
 set -euo pipefail

@@ -58,5 +58,14 @@ def kill_when(process: subprocess.Popen, condition: Callable[[], bool], patience
     process.communicate()
 
 
+def check_resumption_after_kill(script: str, config: str, options: Sequence[str], folder: Path) -> None:
+    process = start(script, config, "--work-dir", str(folder), options=[*options, "train_cfg.max_iters=400"])
+    kill_when(process, lambda: (folder / "last_checkpoint").exists() and (folder / "iter_4.pth").exists())
+    output = call(script, config, "--work-dir", folder, "--resume", options=[*options, "train_cfg.max_iters=40"])
+    first = int(output.split("Iter(train) [")[1].split("/")[0])
+    assert first > 2  # it did not begin anew
+    assert (folder / "last_checkpoint").read_text().endswith("iter_40.pth")
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=False)["state_dict"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dense_runs import BRIEF, ROOT, TINY, call, data_options, kill_when, metric_options, start
+from dense_runs import BRIEF, ROOT, TINY, call, check_resumption_after_kill, data_options, metric_options
 from PIL import Image
 
 pytest.importorskip("mmdet", reason="scripts/install_mm.sh det installs OpenMMLab's packages")
@@ -114,15 +114,7 @@ def test_gradients_through_an_odd_rectangle_in_every_part():
 
 
 def test_resumes_after_kill(options, tmp_path):
-    folder = tmp_path / "killed"
-    process = start("det/train.py", DIGITS, "--work-dir", str(folder), options=[*options, "train_cfg.max_iters=400"])
-    kill_when(process, lambda: (folder / "last_checkpoint").exists() and (folder / "iter_4.pth").exists())
-    output = call(
-        "det/train.py", DIGITS, "--work-dir", folder, "--resume", options=[*options, "train_cfg.max_iters=40"]
-    )
-    first = int(output.split("Iter(train) [")[1].split("/")[0])
-    assert first > 2  # it did not begin anew
-    assert (folder / "last_checkpoint").read_text().endswith("iter_40.pth")
+    check_resumption_after_kill("det/train.py", DIGITS, options, tmp_path / "killed")
 
 
 def test_tests_a_checkpoint_and_draws_it(run, options, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dense_runs import BRIEF, ROOT, TINY, call, data_options, kill_when, start, weights
+from dense_runs import BRIEF, ROOT, TINY, call, check_resumption_after_kill, data_options, weights
 from PIL import Image
 
 pytest.importorskip("mmseg", reason="scripts/install_mm.sh seg installs OpenMMLab's packages")
@@ -147,18 +147,10 @@ def test_odd_rectangles_through_training_and_sliding_windows():
 
 
 def test_resumes_after_kill(options, tmp_path):
-    folder = tmp_path / "killed"
-    process = start("seg/train.py", DIGITS, "--work-dir", str(folder), options=[*options, "train_cfg.max_iters=400"])
-    kill_when(process, lambda: (folder / "last_checkpoint").exists() and (folder / "iter_4.pth").exists())
-    output = call(
-        "seg/train.py", DIGITS, "--work-dir", folder, "--resume", options=[*options, "train_cfg.max_iters=40"]
-    )
-    first = int(output.split("Iter(train) [")[1].split("/")[0])
-    assert first > 2  # it did not begin anew
-    assert (folder / "last_checkpoint").read_text().endswith("iter_40.pth")
+    check_resumption_after_kill("seg/train.py", DIGITS, options, tmp_path / "killed")
 
 
-def test_resumed_run_is_the_unbroken_one(run, options, tmp_path):
+def test_a_resumed_run_goes_on_from_the_weights_of_the_stopped_one(run, options, tmp_path):
     call("seg/train.py", DIGITS, "--work-dir", tmp_path, options=[*options, "train_cfg.max_iters=2"])
     before = weights(tmp_path / "iter_2.pth")
     call("seg/train.py", DIGITS, "--work-dir", tmp_path, "--resume", options=options)

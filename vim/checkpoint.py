@@ -218,14 +218,19 @@ def _has_patch_grid(model: nn.Module) -> bool:
 
 def _trained_grid(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
     """(rows, columns) of the patches that a Vision Mamba was trained with, if the checkpoint's arguments say so."""
+    model = trained_model(checkpoint)
+    return None if model is None else model.patch_embed.grid_size
+
+
+def trained_model(checkpoint: Mapping[str, Any]) -> Any:
+    """The model that the checkpoint's arguments describe, without weights; None where they do not."""
     stored = checkpoint.get("args")
     args = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
     name, size = args.get("model"), args.get("input_size")
     if name is None or size is None or not timm.is_model(name):
         return None
     with torch.device("meta"):
-        model = timm.create_model(name, **{"img_size": size, **args.get("model_kwargs", {})})
-    return model.patch_embed.grid_size
+        return timm.create_model(name, **{"img_size": size, **args.get("model_kwargs", {})})
 
 
 def _replace_head(state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> list[str]:
@@ -245,6 +250,12 @@ def _replace_head(state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn
 
 def load_model(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Load `state` into `model`, all keys and shapes equal. Raises CheckpointError naming those that are not."""
+    require_fit(model, state, source)
+    model.load_state_dict(state)
+
+
+def require_fit(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raises CheckpointError that names the keys of `state` that are missing, unexpected and mis-shaped for `model`."""
     own = model.state_dict()
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
@@ -260,7 +271,6 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor], source: str | Path
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit this model ({len(own)} entries):\n" + "\n".join(problems))
-    model.load_state_dict(state)
 
 
 def _shorten(names: Any, limit: int = 5) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from causal_conv1d import causal_conv1d_fn
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import discretize
-from mamba_ssm.ops.mamba_inner import at_least_float32, scan_arguments, split_channels
+from mamba_ssm.ops.mamba_inner import at_least_float32, direction_arguments, split_channels
 from mamba_ssm.ops.selective_scan_ref import ScanArgs
 from vim.models_mamba import VisionMamba
 from vim.pos_embed import cls_indices
@@ -52,20 +52,9 @@ def scans(mixer: Mamba, hidden_states: Tensor, reverse: bool = False) -> list[Sc
     else:
         both = []
         for suffix in ("", "_b") if mixer.bimamba_type == "v2" else ("",):
-            direction = mixer._direction(suffix)
             runs_back = reverse != (suffix == "_b")
-            args = scan_arguments(
-                x,
-                direction.conv_weight,
-                direction.conv_bias,
-                direction.x_proj_weight,
-                direction.dt_weight,
-                -torch.exp(at_least_float32(direction.A_log)),
-                D=direction.D,
-                delta_bias=direction.dt_bias,
-                conv_fn=partial(causal_conv1d_fn, reverse=runs_back, use_cuda_kernel=mixer.use_cuda_kernel),
-            )
-            both.append((args, runs_back))
+            conv_fn = partial(causal_conv1d_fn, reverse=runs_back, use_cuda_kernel=mixer.use_cuda_kernel)
+            both.append((direction_arguments(x, mixer._direction(suffix), conv_fn=conv_fn), runs_back))
     return [Scan(args, runs_back, mixer.discretization_method) for args, runs_back in both]
 
 

@@ -126,13 +126,7 @@ def _mixer_scan_ref(
     """`mixer_scan` composed of the PyTorch references: its specification."""
 
     def arguments(direction: Direction, reverse: bool) -> ScanArgs:
-        conv_weight, conv_bias, x_proj_weight, *others = direction
-        dt_weight, dt_bias, A_log, D = (None if t is None else at_least_float32(t) for t in others)
-        conv_fn = partial(causal_conv1d_ref, reverse=reverse)
-        return scan_arguments(
-            x, conv_weight, conv_bias, x_proj_weight.to(x.dtype), dt_weight, -torch.exp(A_log),
-            D=D, delta_bias=dt_bias, conv_fn=conv_fn,
-        )  # fmt: skip
+        return direction_arguments(x, direction, conv_fn=partial(causal_conv1d_ref, reverse=reverse))
 
     if forward is not None and backward is not None:
         return bidirectional_scan_ref(arguments(forward, False), arguments(backward, True), z, scale=scale, **options)
@@ -187,10 +181,7 @@ def _(x, z, *rest):
 def _(dout, x, z, *rest):
     parameters = rest[: 2 * len(Direction._fields)]
     gradients = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in parameters)
-    batch, channels, length = x.shape
-    if x.stride(1) == 1 and channels > 1:
-        return x.new_empty(batch, length, 2 * channels).transpose(1, 2), *gradients
-    return x.new_empty(batch, 2 * channels, length), *gradients
+    return empty_like_activation(x, x.dtype, 2 * x.shape[1]), *gradients
 
 
 def _aligned(columns: int, x: Tensor) -> int:
@@ -297,6 +288,16 @@ def scan_arguments(
         C = projected.pop(0)
         C = (C if C_proj_bias is None else C + C_proj_bias.to(C.dtype)).transpose(1, 2)
     return ScanArgs(u, delta, A, B, C, D, delta_bias)
+
+
+def direction_arguments(x: Tensor, direction: Direction, *, conv_fn: Callable[..., Tensor]) -> ScanArgs:
+    """`scan_arguments` of a mixer's direction, in the dtypes that `mixer_scan` takes its tensors in."""
+    conv_weight, conv_bias, x_proj_weight, *others = direction
+    dt_weight, dt_bias, A_log, D = (None if t is None else at_least_float32(t) for t in others)
+    return scan_arguments(
+        x, conv_weight, conv_bias, x_proj_weight.to(x.dtype), dt_weight, -torch.exp(A_log),
+        D=D, delta_bias=dt_bias, conv_fn=conv_fn,
+    )  # fmt: skip
 
 
 def split_channels(xz: Tensor) -> tuple[Tensor, Tensor]:

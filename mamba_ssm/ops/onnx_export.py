@@ -27,7 +27,7 @@ from torch.onnx import ONNXProgram
 
 from causal_conv1d import causal_conv1d_ref
 from mamba_ssm.ops.discretization_ref import discretize
-from mamba_ssm.ops.mamba_inner import _directions, at_least_float32, scan_arguments
+from mamba_ssm.ops.mamba_inner import _directions, at_least_float32, direction_arguments
 from mamba_ssm.ops.onnx_scan import OPSET, TRANSLATIONS, linear_recurrence
 from mamba_ssm.ops.selective_scan_ref import ScanArgs
 from mamba_ssm.ops.triton.layer_norm import _add_norm_ref
@@ -86,17 +86,7 @@ def _mixer(x: Tensor, z: Tensor, *rest: Any) -> list[Tensor]:
     for direction, reverse in zip(_directions(parameters), (False, True), strict=True):
         if direction.conv_weight is None:
             continue
-        args = scan_arguments(
-            x,
-            direction.conv_weight,
-            direction.conv_bias,
-            direction.x_proj_weight.to(x.dtype),
-            at_least_float32(direction.dt_weight),
-            -torch.exp(at_least_float32(direction.A_log)),
-            D=direction.D,
-            delta_bias=direction.dt_bias,
-            conv_fn=partial(causal_conv1d_ref, reverse=reverse),
-        )
+        args = direction_arguments(x, direction, conv_fn=partial(causal_conv1d_ref, reverse=reverse))
         y_direction = _scan(args, delta_softplus, reverse, method)
         y = y_direction if y is None else y + y_direction
     return [_gate(y, z, scale, x.dtype)]

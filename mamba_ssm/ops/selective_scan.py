@@ -210,10 +210,11 @@ def _with_groups(B: Tensor, groups: int) -> Tensor:
 # ---- what torch.compile and autograd need to know of the operators -----------------------------------------------
 
 
-def empty_like_activation(like: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_like_activation(like: Tensor, dtype: torch.dtype, channels: int | None = None) -> Tensor:
     """(batch, channels, length), with the channels innermost in memory where `like` has them so."""
-    batch, channels, length = like.shape
-    if like.stride(1) == 1 and channels > 1:
+    batch, own_channels, length = like.shape
+    channels = own_channels if channels is None else channels
+    if like.stride(1) == 1 and own_channels > 1:
         return like.new_empty(batch, length, channels, dtype=dtype).transpose(1, 2)
     return like.new_empty(batch, channels, length, dtype=dtype)
 

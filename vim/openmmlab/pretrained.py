@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import timm
-import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from vim.checkpoint import CheckpointError, load_checkpoint, load_model, model_state
+from vim.checkpoint import CheckpointError, load_checkpoint, load_model, model_state, trained_model
 from vim.pos_embed import CLS_POSITIONS, cls_indices, remove_tokens, resize_pos_embed
 
 if TYPE_CHECKING:
@@ -67,7 +64,7 @@ def _pos_embed(
     cls_position: str | None,
 ) -> Tensor:
     """The checkpoint's position embedding, fitted to the model's class tokens and patch grid."""
-    trained = _trained_model(checkpoint)
+    trained = trained_model(checkpoint)
     there = _cls_position_there(state, trained, cls_position)
     pos_embed, new_grid = state["pos_embed"], model.patch_embed.grid_size
     patches = pos_embed.shape[1] - len(cls_indices(there, 0))
@@ -98,14 +95,3 @@ def _cls_position_there(state: Mapping[str, Tensor], trained: Any, given: str | 
     if given is not None:
         return given
     return "middle" if trained is None else trained.cls_token_position
-
-
-def _trained_model(checkpoint: Mapping[str, Any]) -> Any:
-    """The classifier that the checkpoint's arguments describe, without weights; None where they do not."""
-    stored = checkpoint.get("args")
-    args = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
-    name, size = args.get("model"), args.get("input_size")
-    if name is None or size is None or not timm.is_model(name):
-        return None
-    with torch.device("meta"):
-        return timm.create_model(name, **{"img_size": size, **args.get("model_kwargs", {})})

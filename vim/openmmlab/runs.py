@@ -18,7 +18,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.runner.checkpoint import _load_checkpoint
 from mmengine.utils import import_modules_from_strings
 
-from vim.checkpoint import CheckpointError
+from vim.checkpoint import CheckpointError, require_fit
 from vim.openmmlab import pictures
 
 
@@ -269,13 +269,9 @@ def check_weights(model: torch.nn.Module, source: str | Path) -> dict[str, torch
         raise CheckpointError(f"no checkpoint at '{source}'")
     checkpoint = _load_checkpoint(source, map_location="cpu")
     state = checkpoint.get("state_dict", checkpoint)
-    own = model.state_dict()
-    missing = [name for name in own if name not in state]
-    other = [name for name in own if name in state and state[name].shape != own[name].shape]
-    if missing or other:
-        shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in other[:3]]
-        raise CheckpointError(
-            f"{source} does not fit this model: {len(missing)} parameters missing {missing[:3]}, {len(other)} of "
-            f"another shape ({'; '.join(shapes)}). Give the configuration and the options that it was trained with"
-        )
-    return {name: state[name] for name in own}
+    state = {name: state[name] for name in model.state_dict() if name in state}
+    try:
+        require_fit(model, state, source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\nGive the configuration and the options that it was trained with") from None
+    return state
