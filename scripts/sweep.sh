@@ -12,7 +12,7 @@ usage: scripts/sweep.sh [options] CONFIG GPUS [flags of vim/main.py]
   --output FOLDER     every run gets FOLDER/METHOD-seedN (default: output/sweep)
   --dry-run           check everything, print the commands, start nothing
 
-It can be interrupted at any moment: on SIGTERM, SIGUSR1 or SIGINT the run saves, and the same command goes on from there;
+It can be interrupted at any moment: on SIGTERM, SIGUSR1, SIGINT or SIGHUP the run saves, and the same command goes on from there;
 runs that are complete are not trained again. In the end the last record of each run is printed.
 USAGE
 }
@@ -44,12 +44,13 @@ done
 set -- --config "$config" --resume auto "$@"
 check_flags "$gpus" "$methods" --output_dir "$output" "$@"
 
+set -m # every run has a process group of its own, so that Ctrl-C reaches only this script, which passes it on
 interrupted=0 run=""
 pass_on() { # to the run, and start no other; as SIGTERM, which torchrun hands down to its processes
     signalled=1 interrupted=1
     if [[ -n "$run" ]]; then kill -s TERM "$run" 2>/dev/null || true; fi
 }
-trap pass_on TERM USR1 INT
+trap pass_on TERM USR1 INT HUP
 
 failed=()
 for seed in $seeds; do

@@ -1,11 +1,13 @@
 """Checkpoints: no failure costs the previous one, no file runs code, every misfit is named."""
 
 import argparse
+import decimal
 import functools
 import http.server
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import timm
@@ -151,6 +153,17 @@ def test_loading_runs_no_code(path, tmp_path):
     with pytest.raises(CheckpointError, match="tensors and plain types"):
         load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_paths_among_the_arguments_are_plain_enough(path):
+    torch.save({"model": {"weight": torch.ones(2)}, "args": argparse.Namespace(output_dir=Path("runs/one"))}, path)
+    assert load_checkpoint(path)["args"].output_dir == Path("runs/one")
+
+
+def test_what_is_not_plain_is_named(path):
+    torch.save({"model": {}, "loss": decimal.Decimal("1.5")}, path)
+    with pytest.raises(CheckpointError, match=r"checkpoint.pth holds a decimal.Decimal; only .* save its tensors anew"):
+        load_checkpoint(path)
 
 
 def test_not_a_dict(path):
@@ -348,6 +361,16 @@ def test_a_grid_that_is_not_square_comes_from_the_checkpoints_arguments(path):
     assert load_weights(same, checkpoint, path) == []
     with pytest.raises(CheckpointError, match=r"77 patch rows, which are not a square grid"):
         fit_to_model(trained.state_dict(), vim(96), path)
+
+
+def test_a_stated_grid_that_the_tensor_contradicts_is_not_believed(path):
+    trained, model = vim(64), vim((128, 32), seed=1)
+    args = {"model": "vim_tiny", "input_size": (96, 64), "model_kwargs": {**SMALL}}
+    assert load_weights(model, {"model": trained.state_dict(), "args": args}, path) == [
+        "its arguments speak of 6×4 patches, its position embedding has 16",
+        "position embedding resampled from 4×4 to 8×2 patches",
+    ]
+    assert torch.equal(model.pos_embed, resize_pos_embed(trained.pos_embed, (8, 2), (4, 4), "middle"))
 
 
 def test_as_many_patches_in_another_arrangement_are_resampled(path):

@@ -1,6 +1,8 @@
 """What happens in an update: precision, accumulation, averages, losses, what is frozen, and what is not finite."""
 
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from timm.data import Mixup
 from torch import nn
-from trainer_runs import BRIEF, DIGITS, TOY, VIM, interrupt, read_log, toy
+from trainer_runs import BRIEF, DIGITS, TOY, VIM, dies_at, interrupt, read_log, toy
 
 import vim.main
 from vim.checkpoint import load_checkpoint
@@ -416,9 +418,66 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
         return problem
 
     monkeypatch.setattr(Trainer, "_update", breaking)
-    with pytest.raises(NonFiniteLossError, match=r"head.bias is not finite after epoch 0, step 5; the last checkpoint"):
+    said = r"not saved after epoch 0, step 5: 1 weights are not finite, the first is head.bias; the last checkpoint"
+    with pytest.raises(NonFiniteLossError, match=said):
         toy(tmp_path, "--checkpoint-steps", "1", epochs=1)
     assert saved(tmp_path, "position")["step"] == 4
+
+
+def make_head_huge(monkeypatch, at: int) -> None:
+    """Weights after step `at` are finite, and their loss is not; they are good again before the next step."""
+    update, backward, kept = Trainer._update, Trainer._backward, []
+
+    def diverging(self, position):
+        problem = update(self, position)
+        if position.step == at - 1:
+            weight = self.model.head.weight.data
+            kept.append(weight.clone())
+            weight.fill_(3e38)
+        return problem
+
+    def recovering(self, *args, **kwargs):
+        if kept:
+            self.model.head.weight.data.copy_(kept.pop())
+        return backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_update", diverging)
+    monkeypatch.setattr(Trainer, "_backward", recovering)
+
+
+def test_finite_weights_whose_loss_is_not_are_not_saved(tmp_path, monkeypatch):
+    make_head_huge(monkeypatch, 5)
+    said = r"not saved after epoch 0, step 5: the first layer whose output is not finite is head \(Linear\); the last"
+    with pytest.raises(NonFiniteLossError, match=said):
+        toy(tmp_path, "--checkpoint-steps", "1", epochs=1)
+    assert saved(tmp_path, "position")["step"] == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_does_not_save_them_either(tmp_path, monkeypatch, number):
+    make_head_huge(monkeypatch, 5)
+    dies_at(monkeypatch, 4, lambda: os.kill(os.getpid(), number))  # noticed in the next one
+    with pytest.raises(NonFiniteLossError, match="not saved after epoch 0, step 5"):
+        toy(tmp_path, epochs=1)
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_going_on_past_them_is_not_saving_them(tmp_path, monkeypatch, capsys):
+    make_head_huge(monkeypatch, 5)
+    saves, save = [], vim.main.save_checkpoint
+    monkeypatch.setattr(
+        vim.main, "save_checkpoint", lambda path, state: (saves.append(state["position"]["step"]), save(path, state))
+    )
+    toy(tmp_path, "--checkpoint-steps", "1", "--if_continue_inf", epochs=1)
+    assert [step for step in saves if step] == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
+    assert "not saved after epoch 0, step 5: the first layer" in capsys.readouterr().out
+
+
+def test_judging_weights_draws_no_random_numbers(plain, tmp_path):
+    """A run that is saved, and so judged, at every step is the run that is not."""
+    toy(tmp_path / "often", "--checkpoint-steps", "1", epochs=1)
+    toy(tmp_path / "once", epochs=1)
+    torch.testing.assert_close(saved(tmp_path / "often"), saved(tmp_path / "once"), rtol=0, atol=0)
 
 
 def test_an_epoch_of_skipped_batches_is_an_error(tmp_path, monkeypatch):

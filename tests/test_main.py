@@ -246,7 +246,7 @@ def test_a_signal_saves_and_the_run_goes_on_later(stateful, tmp_path, monkeypatc
         toy(tmp_path, *STATEFUL, epochs=2)
     assert signal.getsignal(number) == before
     monkeypatch.undo()
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pth", "config.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pth", "config.yaml", ".lock"}
     toy(tmp_path, *STATEFUL, "--resume", "auto", epochs=2)
     assert_same_run(tmp_path, stateful)
 
@@ -398,6 +398,28 @@ def test_damaged_log_is_named(unbroken, tmp_path):
         toy(output, "--resume", "auto")
 
 
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    argv = [sys.executable, "-c", holder, tmp_path / ".lock"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match=r"--output_dir .* is in use by another run"):
+            toy(tmp_path, epochs=1)
+        other.kill()
+    toy(tmp_path, epochs=1)  # though the file is still there
+
+
+def test_disk_full_for_tensorboard(tmp_path):
+    flags = toy_flags(tmp_path, "--tensorboard")
+    program = (
+        "import resource, sys, vim.main; resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)); sys.exit(vim.main.cli())"
+    )
+    result = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    said = f"vim/main.py: error: cannot write {tmp_path / 'tensorboard'} (--tensorboard): File too large"
+    assert said in result.stderr  # beside a traceback of TensorBoard's own thread
+
+
 def test_disk_full_keeps_the_last_checkpoint(unbroken, tmp_path):
     """A limit on the file size stands in for the disk: the log still fits, the next checkpoint does not."""
     output = shutil.copytree(unbroken, tmp_path / "copy")
@@ -422,10 +444,10 @@ EXPLODES = ["--sched", "step", "--warmup-epochs", "0", "--decay-epochs", "1", "-
 
 
 def test_nan_loss_stops_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
-    with pytest.raises(NonFiniteLossError, match=r"the loss is (nan|inf) in epoch 1, batch 1 of 11"):
+    with pytest.raises(NonFiniteLossError, match=r"not saved after epoch 1, step 1: the first layer whose"):
         toy(tmp_path, *EXPLODES, "--checkpoint-steps", "1")
     position = load_checkpoint(tmp_path / "checkpoint.pth")["position"]
-    assert (position["epoch"], position["step"]) == (1, 1)
+    assert (position["epoch"], position["step"]) == (1, 0)
     assert len(read_log(tmp_path)) == 1
     monkeypatch.setattr(sys, "argv", ["main.py", *toy_flags(tmp_path, *EXPLODES, "--resume", "auto")])
     assert vim.main.cli() == 3

@@ -82,6 +82,8 @@ printf '%s ' "$@" >>"$RECORD/ran"; echo >>"$RECORD/ran"
 if [[ -n "${LONG:-}" ]]; then
     trap 'echo TERM >>"$RECORD/signals"; exit 0' TERM
     trap 'echo USR1 >>"$RECORD/signals"; exit 0' USR1
+    trap 'echo INT >>"$RECORD/signals"; exit 130' INT
+    trap 'echo HUP >>"$RECORD/signals"; exit 129' HUP
     touch "$RECORD/started"
     while :; do sleep 0.05; done
 fi
@@ -222,13 +224,17 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_an_interrupted_sweep_lets_the_run_save_and_starts_no_other(stand_in, monkeypatch, number):
+@pytest.mark.parametrize("gpus", ["0", "1"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_an_interrupted_sweep_lets_the_run_save_and_starts_no_other(stand_in, monkeypatch, number, gpus):
     monkeypatch.setenv("LONG", "1")
-    command = [ROOT / "scripts" / "sweep.sh", "--methods", "zoh rk4", "--output", "sweep", str(CONFIGS[0]), "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sweep:
+    command = [ROOT / "scripts" / "sweep.sh", "--methods", "zoh rk4", "--output", "sweep", str(CONFIGS[0]), gpus]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as sweep:
         wait_for(stand_in / "started", sweep)
-        sweep.send_signal(number)
+        if number in (signal.SIGINT, signal.SIGHUP):
+            os.killpg(sweep.pid, number)  # as a terminal does
+        else:
+            sweep.send_signal(number)
         said, _ = sweep.communicate(timeout=30)
     assert sweep.returncode == 0 and said == "sweep: interrupted; the same command goes on\n"
     assert (stand_in / "signals").read_text() == "TERM\n" and len(ran(stand_in)) == 1
@@ -247,7 +253,11 @@ def test_a_sweep_goes_on_after_a_run_that_failed_and_says_which(stand_in, tmp_pa
 SLURM = {
     "srun": 'shift; exec "$@"',  # the first argument is an option of its own
     "scancel": 'echo "$@" >>"$RECORD/scancel"; kill -s "${1#--signal=}" $(cat "$RECORD/processes")',
-    "scontrol": 'if [[ "$1" == show ]]; then printf "node1\\nnode2\\n"; else echo "$@" >>"$RECORD/scontrol"; fi',
+    "scontrol": """case "$1 $2" in
+        "show hostnames") printf 'node1\\nnode2\\n' ;;
+        "show job") echo "JobId=$4 JobName=vim JobState=${STATE:-RUNNING} Reason=None" ;;
+        *) echo "$@" >>"$RECORD/scontrol" ;;
+    esac""",
 }
 # torchrun and below it a trainer that saves when it gets SIGUSR1.
 TORCHRUN = """#!{python}
@@ -310,3 +320,16 @@ def test_a_slurm_job_saves_and_is_requeued(slurm, tmp_path, number):
     assert said == "train.sbatch: stopped with status 0; back into the queue\n"
     assert (slurm / "scontrol").read_text() == "requeue 123456\n"
     assert (slurm / "scancel").exists() == (number == signal.SIGUSR1)
+
+
+def test_a_cancelled_slurm_job_is_not_requeued(slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("STATE", "CANCELLED")
+    (tmp_path / "python").write_text(TORCHRUN.format(python=sys.executable))
+    with subprocess.Popen([SBATCH, "--resume", "auto"], stdout=subprocess.PIPE, text=True) as job:
+        wait_for(slurm / "started", job)
+        job.send_signal(signal.SIGTERM)
+        for process in (slurm / "processes").read_text().split():
+            os.kill(int(process), signal.SIGUSR1)
+        said, _ = job.communicate(timeout=30)
+    assert job.returncode == 0 and (slurm / "saved").exists() and said == ""
+    assert not (slurm / "scontrol").exists()

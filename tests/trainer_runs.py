@@ -30,7 +30,7 @@ FOLDER_TOY = [*TOY[:-1], "--input-size", "16", "--batch-size", "32", "--device",
               "--no-model-ema"]  # fmt: skip
 
 TIMES = ("epoch_time_s", "images_per_s", "peak_memory_mb")
-FILES = {"checkpoint.pth", "best_checkpoint.pth", "log.txt", "config.yaml"}
+FILES = {"checkpoint.pth", "best_checkpoint.pth", "log.txt", "config.yaml", ".lock"}
 
 
 def toy_flags(output: Path, *flags: str, epochs: int = 3) -> list[str]:

@@ -11,10 +11,11 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
 
 import safetensors
@@ -109,8 +110,12 @@ def load_checkpoint(source: str | Path) -> dict[str, Any]:
     try:
         checkpoint = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
     except pickle.UnpicklingError as error:
+        foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{path} is not a checkpoint of tensors and plain types, or is corrupt: {_first_line(error)}"
+            f"{path} holds a {foreign[1]}; only tensors and plain types are read, because others can run code: where "
+            "you trust the file, load it with torch.load(…, weights_only=False) and save its tensors anew"
+            if foreign
+            else f"{path} is not a checkpoint of tensors and plain types, or is corrupt: {_first_line(error)}"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(
@@ -122,8 +127,8 @@ def load_checkpoint(source: str | Path) -> dict[str, Any]:
 
 
 def _load_torch(path: Path) -> Any:
-    # The published checkpoints keep their arguments in a Namespace, which is only a bag of attributes.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    # Published checkpoints keep their arguments in a Namespace, which is only a bag of attributes, with paths in it.
+    with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -194,6 +199,10 @@ def fit_to_model(
             new_grid = model.patch_embed.grid_size
             patches = fitted["pos_embed"].shape[1] - model.num_tokens
             side = math.isqrt(max(0, patches))
+            if grid is not None and grid[0] * grid[1] != patches:
+                rows, columns = grid
+                changes.append(f"its arguments speak of {rows}×{columns} patches, its position embedding has {patches}")
+                grid = None
             if grid is None and side * side == patches:
                 grid = (side, side)
             if grid is not None and grid != new_grid:

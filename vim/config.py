@@ -28,12 +28,14 @@ from vim.provenance import environment
 
 # Flags of the published trainers that are not here, and why.
 _NO_PLATEAU = "timm is about to drop the plateau schedule, whose state is lost in a resumption; use cosine or step"
+_NO_LOCAL_RANK = "torchrun says it in the environment variable LOCAL_RANK"
 REFUSED = {
     "--patience-epochs": _NO_PLATEAU,
     "--resplit": "has no effect in the published trainer either; leave it out",
     "--cosub": "training with pairs of submodels is not part of this trainer",
     "--distributed": "not needed: start several processes with torchrun, and they find each other",
-    "--local-rank": "torchrun says it in the environment variable LOCAL_RANK",
+    "--local-rank": _NO_LOCAL_RANK,
+    "--local_rank": _NO_LOCAL_RANK,
 }
 SCHEDULES = ("cosine", "tanh", "poly", "step")
 _MADE_BY = "made_by"  # key of a saved configuration that is for people, not for the trainer

@@ -92,10 +92,12 @@ class Position:
 
 
 class Update(NamedTuple):
-    """One update: mean loss over its images, NaN if it was skipped; number of processes that have each wish."""
+    """One update: mean loss over its images, NaN if it was skipped; number of processes that have each wish; what the
+    model saw last."""
 
     loss: float
     wishes: tuple[int, ...]
+    images: Tensor
 
 
 @dataclass
@@ -178,7 +180,7 @@ class Trainer:
             position.step += 1
             track.note = f"loss {position.loss_sum / max(position.images, 1):.4f}"
             position.seconds += time.perf_counter() - clock
-            yield Update(math.nan if bad else loss_sum / count, tuple(map(int, wanted)))
+            yield Update(math.nan if bad else loss_sum / count, tuple(map(int, wanted)), inputs)
             clock = time.perf_counter()
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
@@ -195,6 +197,22 @@ class Trainer:
             "images_per_s": position.images / position.seconds,
             **({"skipped_steps": position.skipped} if self.continue_inf else {}),
         }
+
+    @torch.no_grad()
+    def explain_divergence(self, images: Tensor) -> str:
+        """Why the weights are not worth keeping: what is not finite of them or their outputs; "" if nothing is.
+
+        An update's loss is that of the weights before it, so that what it made of them is judged by `images`, in every
+        process. The random generators stay as they are.
+        """
+        images = torch.nan_to_num(images)  # bad ones were told of, and are not the weights' fault
+        self.model.eval()
+        with self.autocast():
+            finite = self.model(images).isfinite().all()
+        problem = "" if finite else first_nonfinite(self.model, images, self.autocast, {})
+        self.model.train(self.train_mode)
+        (bad,) = self.world.sum([bool(problem)])
+        return problem or ("something is not finite in another process, which says what" if bad else "")
 
     def _backward(self, images: Tensor, labels: Tensor, batches: int, sync: bool) -> tuple[float, Tensor]:
         """Add the gradients of one of the `batches` of an update; returns its loss, and the images the model saw."""

@@ -2,12 +2,13 @@
 
 import argparse
 import importlib
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vim.checkpoint import CheckpointError
 from vim.config import ConfigError
 
 Write = Callable[[Mapping[str, float], int], object]
@@ -16,7 +17,7 @@ Write = Callable[[Mapping[str, float], int], object]
 class Loggers:
     """Those that the flags ask for; nothing on other processes than the main one. A context: closes them.
 
-    Raises ConfigError for one that is asked for and not installed.
+    Raises ConfigError for one that is asked for and not installed, CheckpointError where TensorBoard cannot write.
     """
 
     def __init__(self, args: argparse.Namespace, first_step: int, is_main: bool) -> None:
@@ -44,12 +45,19 @@ class Loggers:
             write(numbers, step)
 
     def _tensorboard(self, tensorboard: ModuleType, args: argparse.Namespace, first_step: int) -> Write:
-        writer = tensorboard.SummaryWriter(str(Path(args.output_dir, "tensorboard")), purge_step=first_step)
-        self._open.callback(writer.close)
+        folder = Path(args.output_dir, "tensorboard")
+        with _can_write(folder):
+            writer = tensorboard.SummaryWriter(str(folder), purge_step=first_step)
+
+        @self._open.callback
+        def close() -> None:
+            with _can_write(folder):
+                writer.close()
 
         def write(numbers: Mapping[str, float], step: int) -> None:
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
+            with _can_write(folder):
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, step)
 
         return write
 
@@ -64,6 +72,14 @@ class Loggers:
         self._open.callback(mlflow.end_run)
         mlflow.log_params(vars(args))
         return lambda numbers, step: mlflow.log_metrics(dict(numbers), step=step)
+
+
+@contextmanager
+def _can_write(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder} (--tensorboard): {error.strerror or error}") from error
 
 
 def _require(module: str, flag: str, package: str) -> ModuleType:

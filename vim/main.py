@@ -4,6 +4,8 @@
 """
 
 import argparse
+import errno
+import fcntl
 import json
 import math
 import os
@@ -33,7 +35,7 @@ from vim.checkpoint import (
 from vim.config import ConfigError, build_parser, is_vision_mamba, parse_args, save_config
 from vim.data import DataError, Loader, build_loader
 from vim.distributed import World, join
-from vim.engine import NonFiniteLossError, Position, Trainer, autocast, evaluate, peak_memory_mb
+from vim.engine import NonFiniteLossError, Position, Trainer, Update, autocast, evaluate, peak_memory_mb
 from vim.loggers import Loggers
 from vim.losses import create_criterion, create_mixup
 from vim.run_state import Stopped, Wishes, check_same_architecture, check_same_run, restore, snapshot
@@ -100,8 +102,9 @@ def main(argv: Sequence[str] | None = None) -> Record:
         if args.eval:
             return _evaluate(args, world, console)
         wishes = Wishes(args.save_every_minutes)
-        with wishes.listening() if args.output_dir else nullcontext():
-            return _train(args, argv, world, console, wishes)
+        output = _output_folder(args)
+        with wishes.listening() if output else nullcontext(), _sole_run(output, world):
+            return _train(args, argv, world, console, wishes, output)
 
 
 def _evaluate(args: argparse.Namespace, world: World, console: Console) -> Record:
@@ -120,9 +123,13 @@ def _evaluate(args: argparse.Namespace, world: World, console: Console) -> Recor
 
 
 def _train(
-    args: argparse.Namespace, argv: Sequence[str] | None, world: World, console: Console, wishes: Wishes
+    args: argparse.Namespace,
+    argv: Sequence[str] | None,
+    world: World,
+    console: Console,
+    wishes: Wishes,
+    output: Path | None,
 ) -> Record:
-    output = _output_folder(args)
     source = _checkpoint_to_resume(args, output)
     if len(set(world.gather(source))) > 1:
         raise ConfigError(f"--output_dir {output}: the processes do not see the same files there; use a shared disk")
@@ -178,17 +185,31 @@ class _Run:
         return _constants(self.args, self.trainer.model)
 
     def train(self, loggers: Loggers) -> None:
-        """To the end of the epoch. Raises Stopped, after saving, if a signal came to any process."""
-        every = self.args.checkpoint_steps
+        """To the end of the epoch. Raises Stopped, after saving, if a signal came to any process.
+
+        Raises NonFiniteLossError if what is to be saved has diverged.
+        """
+        every, update = self.args.checkpoint_steps, None
         for update in self.trainer.train(self.position, self.wishes):
             loggers.write({"train/loss": update.loss, "train/lr": self.trainer.learning_rate}, self.step)
             stop, due = update.wishes
             if stop or due or (every and self.position.step % every == 0):
-                self.save("checkpoint.pth")
-            if stop:
-                raise Stopped(f"{self.position} of {self.trainer.updates_per_epoch}")
-        if any(self.trainer.world.sum([self.wishes.stop])):  # since the last update; evaluation may take too long
-            self.save("checkpoint.pth")
+                self._save_within_epoch(update, stop)
+        # A signal since the last update: evaluation may take too long.
+        if any(self.trainer.world.sum([self.wishes.stop])):
+            self._save_within_epoch(update, True)
+
+    def _save_within_epoch(self, update: Update | None, stop: bool) -> None:
+        """After `update`; None: none was made since the run was resumed. Raises Stopped in the end, if `stop`."""
+        problem = self.trainer.explain_divergence(update.images) if update is not None else ""
+        if problem:
+            problem = f"not saved after {self.position}: {problem}; the last checkpoint stays"
+            if stop or not self.args.if_continue_inf:
+                raise NonFiniteLossError(problem)
+            self.trainer.console.print(problem)
+            return
+        self.save("checkpoint.pth")
+        if stop:
             raise Stopped(f"{self.position} of {self.trainer.updates_per_epoch}")
 
     def evaluate(self, loggers: Loggers) -> None:
@@ -337,6 +358,21 @@ def _output_folder(args: argparse.Namespace) -> Path | None:
     except OSError as error:
         raise ConfigError(f"--output_dir {output} cannot be made: {error.strerror}") from error
     return output
+
+
+@contextmanager
+def _sole_run(output: Path | None, world: World) -> Iterator[None]:
+    """Raises ConfigError if another run writes to `output`; keeps others out meanwhile, where files can be locked."""
+    with open(output / ".lock", "ab") if output is not None and world.is_main else nullcontext() as file:
+        free = True
+        if file is not None:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and is not its workers'
+            except OSError as error:
+                free = error.errno not in (errno.EACCES, errno.EAGAIN)
+        if not all(world.gather(free)):
+            raise ConfigError(f"--output_dir {output} is in use by another run: wait for its end, or choose another")
+        yield
 
 
 def _checkpoint_to_resume(args: argparse.Namespace, output: Path | None) -> str | None:
