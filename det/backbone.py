@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmdet.registry import MODELS
+from torch import Tensor
 
 import vim.openmmlab.layer_decay  # noqa: F401, registers the optimizer's constructor
 from vim.openmmlab.backbone import DenseVisionMamba
@@ -36,3 +37,10 @@ class VisionMambaDet(DenseVisionMamba):
             last_layer_process=last_layer_process,
             **options,
         )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """As `DenseVisionMamba.forward`, the maps contiguous: mmcv's RoIAlign takes any map for a contiguous one.
+
+        Its maps, tokens in their order, and what convolutions make of such maps, have the channels last in memory.
+        """
+        return tuple(m.contiguous() for m in super().forward(x))

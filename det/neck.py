@@ -63,7 +63,8 @@ class SimpleFeaturePyramid(BaseModule):
         """[(B, in_channels, H, W)] -> (B, out_channels, H·scale, W·scale) per level, halves rounded up."""
         if len(maps) != 1:
             raise ValueError(f"the pyramid takes one map; got {len(maps)}: give the backbone one number as out_indices")
-        outs = [level(maps[0]) for level in self.levels]
+        # mmcv's RoIAlign takes any map for a contiguous one, and LayerNorm2d leaves the channels last in memory.
+        outs = [level(maps[0]).contiguous() for level in self.levels]
         while len(outs) < self.num_outs:
             outs.append(F.max_pool2d(outs[-1], kernel_size=1, stride=2))
         return tuple(outs)

@@ -102,7 +102,7 @@ mm_build() ( # mm_build FOLDER: compiles the wheel and puts it there
     fi
     mkdir "$work/source" "$work/wheel"
     tar xzf "$work"/*.tar.gz --strip-components 1 -C "$work/source"
-    sed -i 's/c++1[47]/c++20/g' "$work/source/setup.py" # torch's headers need it from 2.14 on
+    sed -i "s/'-std=c++1[47]'//g" "$work/source/setup.py" # torch knows which standard its headers want
     jobs="${MAX_JOBS:-$(nproc)}"
     echo "install_mm: compiling mmcv's operators with $jobs processes (10 to 15 minutes on two cores)"
     # Not from the archive and not through pip's cache: both give the wheel without operators, which has the same name.

@@ -93,7 +93,7 @@ DENSE_PRESETS = {
         "demo": Preset(PAPER, (0,), updates, (), task),
         "full": Preset(tuple(METHODS), (0, 1, 2), 4 * updates, (), task),
     }
-    for task, updates in (("seg", 4000), ("det", 3000))
+    for task, updates in (("seg", 4000), ("det", 1500))
 }
 
 

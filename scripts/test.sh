@@ -6,4 +6,6 @@ set -euo pipefail
 
 # shellcheck source=scripts/setup_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
-exec "$VENV/bin/python" -m pytest -m "not cuda" "$@"
+# Every test keeps to one thread. Neighbours stay together, for they share what their file prepares.
+workers="$(nproc)"
+exec "$VENV/bin/python" -m pytest -m "not cuda" --numprocesses "$((workers < 4 ? workers : 4))" --dist worksteal "$@"

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from dense_runs import BRIEF, ROOT, TINY, call, check_resumption_after_kill, data_options, metric_options
 from PIL import Image
 
@@ -90,6 +91,28 @@ def test_pyramid_of_one_map():
             SimpleFeaturePyramid(**options)
     with pytest.raises(ValueError, match="takes one map; got 2"):
         pyramid([torch.zeros(1, 16, 2, 2)] * 2)
+
+
+def test_regions_are_cut_from_where_they_are():
+    """mmcv's RoIAlign takes any map for a contiguous one, so that it must get no other."""
+    cfg = Config.fromfile(str(ROOT / DIGITS))
+    init_default_scope("mmdet")
+    extractor = MODELS.build({**cfg.model.roi_head.bbox_roi_extractor, "out_channels": 8})
+    backbone = MODELS.build({**cfg.model.backbone, "if_fpn": False})
+    assert all(m.is_contiguous() for m in backbone(torch.randn(1, 3, 64, 64)))
+    with_pyramid = MODELS.build({**cfg.model.backbone, "if_fpn": True, "out_indices": [0, 1, 2, 3]})
+    assert all(m.is_contiguous() for m in with_pyramid(torch.randn(1, 3, 64, 64)))
+
+    maps = SimpleFeaturePyramid(in_channels=16, out_channels=8, num_outs=3, scales=(2.0, 1.0, 0.5))(
+        [torch.randn(2, 16, 8, 8)]
+    )
+    regions = torch.tensor([[0.0, 3.0, 5.0, 14.0, 16.0], [1.0, 10.0, 8.0, 50.0, 60.0]])
+    levels = extractor.map_roi_levels(regions, len(maps))
+    assert len(set(levels.tolist())) == 2
+    for region, level, found in zip(regions, levels, extractor(maps, regions), strict=True):
+        scale = 1 / cfg.model.roi_head.bbox_roi_extractor.featmap_strides[level]
+        expected = torchvision.ops.roi_align(maps[level], region[None], 7, scale, sampling_ratio=-1, aligned=True)
+        torch.testing.assert_close(found, expected[0])
 
 
 def test_gradients_through_an_odd_rectangle_in_every_part():

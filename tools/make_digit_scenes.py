@@ -1,6 +1,6 @@
 """Scenes of handwritten digits, to train segmenters and detectors on without a download.
 
-    python tools/make_digit_scenes.py                        # 800 + 200 scenes of 128×128 into data/digit_scenes
+    python tools/make_digit_scenes.py                        # 2400 + 200 scenes of 128×128 into data/digit_scenes
     python tools/make_digit_scenes.py --out data/wide --size 96 160 --vary 0.25
 
 scikit-learn's real digits, scaled, rotated, tinted, overlapping, on textured backgrounds, with exact masks, boxes and
@@ -38,7 +38,7 @@ VISIBLE = 0.5  # of a digit's pixels, below which it does not count as seen: suc
 class Options:
     """What the scenes are; recorded beside them."""
 
-    train: int = 800
+    train: int = 2400
     val: int = 200
     size: tuple[int, int] = (128, 128)
     vary: float = 0.0
