@@ -64,7 +64,7 @@ PYTHON_CODE
 }
 
 # start GPUS METHOD FLAG…: vim/main.py on that many GPUs of this machine, 0 for one process on the CPU, in place of this
-# shell, so that signals arrive. With $dry_run, only print the command.
+# shell, so that signals arrive. With $dry_run, only print the command; with $apart, in a session of its own.
 start() {
     local gpus="$1" method="$2"
     shift 2
@@ -77,6 +77,7 @@ start() {
         echo
         exit
     fi
+    if ((${apart:-0})); then command=(setsid "${command[@]}"); fi
     exec "${command[@]}"
 }
 

@@ -12,8 +12,8 @@ usage: scripts/sweep.sh [options] CONFIG GPUS [flags of vim/main.py]
   --output FOLDER     every run gets FOLDER/METHOD-seedN (default: output/sweep)
   --dry-run           check everything, print the commands, start nothing
 
-It can be interrupted at any moment: on SIGTERM, SIGUSR1, SIGINT or SIGHUP the run saves, and the same command goes on from there;
-runs that are complete are not trained again. In the end the last record of each run is printed.
+It can be interrupted at any moment: on SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) the run saves, and the same command goes on
+from there; Ctrl-Z stops only the script. Runs that are complete are not trained again. In the end the last record of each run is printed.
 USAGE
 }
 # shellcheck source=scripts/launch.sh
@@ -44,7 +44,7 @@ done
 set -- --config "$config" --resume auto "$@"
 check_flags "$gpus" "$methods" --output_dir "$output" "$@"
 
-set -m # every run has a process group of its own, so that Ctrl-C reaches only this script, which passes it on
+apart=1 # from the terminal: Ctrl-C reaches only this script, which passes it on
 interrupted=0 run=""
 pass_on() { # to the run, and start no other; as SIGTERM, which torchrun hands down to its processes
     signalled=1 interrupted=1
@@ -58,6 +58,7 @@ for seed in $seeds; do
         if ((interrupted)); then break 2; fi
         (start "$gpus" "$method" --output_dir "$output/$method-seed$seed" --seed "$seed" "$@") &
         run=$! status=0
+        if ((interrupted)); then pass_on; fi # the signal came before the run had a number
         await "$run" || status=$?
         run=""
         if ((status && !interrupted)); then failed+=("$method-seed$seed (status $status)"); fi

@@ -2,10 +2,12 @@
 
 import argparse
 import decimal
+import errno
 import functools
 import http.server
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -137,6 +139,19 @@ def test_truncated(path, keep):
         load_checkpoint(path)
 
 
+def test_a_disk_that_became_read_only_is_named(path, monkeypatch):
+    save_checkpoint(path, state(1.0))
+    refuse = functools.partial(_raise, OSError(errno.EROFS, "Read-only file system"))
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot write .*Read-only file system.*the previous file is untouched"):
+        save_checkpoint(path, state(2.0))
+
+
+def _raise(error: Exception, *_: object, **__: object) -> None:
+    raise error
+
+
 @pytest.mark.parametrize("content", [b"not a checkpoint", b"\x80\x02]q\x00.", b"PK\x03\x04 and no more", bytes(1000)])
 def test_not_a_checkpoint(path, content):
     path.write_bytes(content)
@@ -163,6 +178,13 @@ def test_paths_among_the_arguments_are_plain_enough(path):
 def test_what_is_not_plain_is_named(path):
     torch.save({"model": {}, "loss": decimal.Decimal("1.5")}, path)
     with pytest.raises(CheckpointError, match=r"checkpoint.pth holds a decimal.Decimal; only .* save its tensors anew"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("function", [os.system, sys.exit], ids=["system", "exit"])
+def test_what_could_run_code_is_named(path, function):
+    torch.save({"model": {}, "hook": function}, path)
+    with pytest.raises(CheckpointError, match=rf"holds a \w+\.{function.__name__}; only tensors and plain types"):
         load_checkpoint(path)
 
 
@@ -361,6 +383,21 @@ def test_a_grid_that_is_not_square_comes_from_the_checkpoints_arguments(path):
     assert load_weights(same, checkpoint, path) == []
     with pytest.raises(CheckpointError, match=r"77 patch rows, which are not a square grid"):
         fit_to_model(trained.state_dict(), vim(96), path)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--model", "vim_tiny"],
+        argparse.Namespace(model="resnet18", input_size=224),
+        {"model": "vim_tiny", "input_size": 225, "model_kwargs": None},
+        {"model": "vim_tiny", "input_size": 64, "model_kwargs": {"unknown": 1}},
+    ],
+)
+def test_arguments_that_describe_no_model_are_passed_over(path, args):
+    trained, model = vim(64), vim((128, 32), seed=1)
+    (change,) = load_weights(model, {"model": trained.state_dict(), "args": args}, path)
+    assert change == "position embedding resampled from 4×4 to 8×2 patches"
 
 
 def test_a_stated_grid_that_the_tensor_contradicts_is_not_believed(path):

@@ -470,14 +470,39 @@ def test_going_on_past_them_is_not_saving_them(tmp_path, monkeypatch, capsys):
     )
     toy(tmp_path, "--checkpoint-steps", "1", "--if_continue_inf", epochs=1)
     assert [step for step in saves if step] == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
-    assert "not saved after epoch 0, step 5: the first layer" in capsys.readouterr().out
+    assert "not saved after epoch 0, step 5: the first layer" in capsys.readouterr().err
 
 
-def test_judging_weights_draws_no_random_numbers(plain, tmp_path):
+def test_weights_that_do_not_show_in_the_outputs_are_judged_too(tmp_path, monkeypatch, capsys):
+    update = Trainer._update
+
+    def breaking(self, position):
+        problem = update(self, position)
+        self.model.layers[0].mixer.dt_proj.bias.data[0] = -math.inf if position.step == 0 else -3.0  # softplus: 0
+        return problem
+
+    monkeypatch.setattr(Trainer, "_update", breaking)
+    flags = [*VIM, *DIGITS, *BRIEF, "--output_dir", str(tmp_path), "--checkpoint-steps", "1", "--if_continue_inf"]
+    main([*flags, "--epochs", "1"])
+    said = capsys.readouterr().err
+    assert "not saved after epoch 0, step 1: 1 weights are not finite, the first is layers.0.mixer.dt_proj.bias" in said
+
+
+def test_judging_weights_draws_no_random_numbers(tmp_path):
     """A run that is saved, and so judged, at every step is the run that is not."""
-    toy(tmp_path / "often", "--checkpoint-steps", "1", epochs=1)
-    toy(tmp_path / "once", epochs=1)
+    random_in_evaluation = [*VIM, "flip_img_sequences_ratio=0.5"]
+    for name, flags in {"once": [], "often": ["--checkpoint-steps", "1"]}.items():
+        main([*random_in_evaluation, *DIGITS, *BRIEF, "--output_dir", str(tmp_path / name), "--epochs", "1", *flags])
     torch.testing.assert_close(saved(tmp_path / "often"), saved(tmp_path / "once"), rtol=0, atol=0)
+
+
+def test_bad_images_are_not_the_weights_fault():
+    model = create_model(settings(), 10)
+    trainer = object.__new__(Trainer)
+    trainer.model, trainer.world, trainer.autocast, trainer.train_mode = model, World(CPU), autocast(CPU, "none"), True
+    images = torch.rand(2, 1, 8, 8)
+    images[0, 0, 3, 3], images[1, 0, 0, 0] = math.inf, math.nan
+    assert trainer.explain_divergence(images) == "" and model.training
 
 
 def test_an_epoch_of_skipped_batches_is_an_error(tmp_path, monkeypatch):

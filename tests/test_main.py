@@ -1,5 +1,6 @@
 """The trainer as it is used: train, evaluate, be killed, go on; and what it says when it cannot."""
 
+import errno
 import io
 import math
 import multiprocessing
@@ -407,6 +408,26 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
             toy(tmp_path, epochs=1)
         other.kill()
     toy(tmp_path, epochs=1)  # though the file is still there
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ConfigError, match=r"--output_dir .* cannot be written: Is a directory"):
+        toy(tmp_path, epochs=1)
+
+
+def test_an_error_of_tensorboard_at_the_end_does_not_hide_what_ended_the_run(tmp_path, monkeypatch, capsys):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "close", full)
+    with pytest.raises(NonFiniteLossError, match="in epoch 1, batch 1 of 11"):
+        toy(tmp_path, *EXPLODES, "--tensorboard")
+    assert "(--tensorboard): No space left on device" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"\(--tensorboard\): No space left on device"):
+        toy(tmp_path / "ends well", "--tensorboard", epochs=1)
 
 
 def test_disk_full_for_tensorboard(tmp_path):

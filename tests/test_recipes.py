@@ -331,5 +331,6 @@ def test_a_cancelled_slurm_job_is_not_requeued(slurm, tmp_path, monkeypatch):
         for process in (slurm / "processes").read_text().split():
             os.kill(int(process), signal.SIGUSR1)
         said, _ = job.communicate(timeout=30)
-    assert job.returncode == 0 and (slurm / "saved").exists() and said == ""
+    assert job.returncode == 0 and (slurm / "saved").exists()
+    assert said == "train.sbatch: stopped with status 0; cancelled, so it is not requeued\n"
     assert not (slurm / "scontrol").exists()

@@ -48,13 +48,13 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
         # torch's zip writer may hide the failed write behind a RuntimeError of its own.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         kept = "; the previous file is untouched" if path.exists() else ""
         raise CheckpointError(f"cannot write {path}: {_first_line(cause)} ({_free_space(path)}){kept}") from error
     except BaseException:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
         raise
     # So that the rename outlives a power cut. Some network file systems cannot; the new file is whole all the same.
     with contextlib.suppress(OSError):
@@ -63,6 +63,11 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _remove(partial: Path) -> None:
+    with contextlib.suppress(OSError):  # a disk that became read-only
+        partial.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -110,7 +115,7 @@ def load_checkpoint(source: str | Path) -> dict[str, Any]:
     try:
         checkpoint = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
     except pickle.UnpicklingError as error:
-        foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        foreign = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE)
         raise CheckpointError(
             f"{path} holds a {foreign[1]}; only tensors and plain types are read, because others can run code: where "
             "you trust the file, load it with torch.load(…, weights_only=False) and save its tensors anew"
@@ -128,7 +133,8 @@ def load_checkpoint(source: str | Path) -> dict[str, Any]:
 
 def _load_torch(path: Path) -> Any:
     # Published checkpoints keep their arguments in a Namespace, which is only a bag of attributes, with paths in it.
-    with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):
+    paths = [(PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]  # until and from 3.13
+    with torch.serialization.safe_globals([argparse.Namespace, *paths]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -234,12 +240,17 @@ def _trained_grid(checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
 def trained_model(checkpoint: Mapping[str, Any]) -> Any:
     """The model that the checkpoint's arguments describe, without weights; None where they do not."""
     stored = checkpoint.get("args")
-    args = vars(stored) if isinstance(stored, argparse.Namespace) else stored or {}
-    name, size = args.get("model"), args.get("input_size")
-    if name is None or size is None or not timm.is_model(name):
+    args = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    if not isinstance(args, Mapping):
         return None
-    with torch.device("meta"):
-        return timm.create_model(name, **{"img_size": size, **args.get("model_kwargs", {})})
+    name, size = args.get("model"), args.get("input_size")
+    if not isinstance(name, str) or size is None or not timm.is_model(name):
+        return None
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **{"img_size": size, **(args.get("model_kwargs") or {})})
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError):  # arguments of other programs
+        return None
 
 
 def _replace_head(state: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> list[str]:

@@ -203,12 +203,13 @@ class Trainer:
         """Why the weights are not worth keeping: what is not finite of them or their outputs; "" if nothing is.
 
         An update's loss is that of the weights before it, so that what it made of them is judged by `images`, in every
-        process. The random generators stay as they are.
+        process. A model may draw random numbers on the way.
         """
-        images = torch.nan_to_num(images)  # bad ones were told of, and are not the weights' fault
+        images = torch.nan_to_num(images, nan=0.0, posinf=0.0, neginf=0.0)  # not the weights' fault
+        finite = all(parameter.isfinite().all() for parameter in self.model.parameters())
         self.model.eval()
-        with self.autocast():
-            finite = self.model(images).isfinite().all()
+        with torch.compiler.set_stance("force_eager"), self.autocast():  # a signal does not wait for a compiler
+            finite = finite and bool(self.model(images).isfinite().all())
         problem = "" if finite else first_nonfinite(self.model, images, self.autocast, {})
         self.model.train(self.train_mode)
         (bad,) = self.world.sum([bool(problem)])

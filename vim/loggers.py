@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -35,8 +36,13 @@ class Loggers:
     def __enter__(self) -> "Loggers":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self._open.__exit__(kind, error, traceback)
+        except CheckpointError as problem:
+            if error is None:
+                raise
+            print(problem, file=sys.stderr)  # what ended the run matters more
 
     def write(self, values: Mapping[str, Any], step: int) -> None:
         """The numbers among `values`, at update `step` of the run."""

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,16 @@ from vim.distributed import World, join
 from vim.engine import NonFiniteLossError, Position, Trainer, Update, autocast, evaluate, peak_memory_mb
 from vim.loggers import Loggers
 from vim.losses import create_criterion, create_mixup
-from vim.run_state import Stopped, Wishes, check_same_architecture, check_same_run, restore, snapshot
+from vim.run_state import (
+    Stopped,
+    Wishes,
+    check_same_architecture,
+    check_same_run,
+    restore,
+    rng_state,
+    set_rng_state,
+    snapshot,
+)
 
 __all__ = ["ConfigError", "build_parser", "create_model", "create_optimizer", "create_scheduler", "main", "parse_args"]
 
@@ -201,12 +210,17 @@ class _Run:
 
     def _save_within_epoch(self, update: Update | None, stop: bool) -> None:
         """After `update`; None: none was made since the run was resumed. Raises Stopped in the end, if `stop`."""
-        problem = self.trainer.explain_divergence(update.images) if update is not None else ""
+        problem = ""
+        if update is not None:
+            before = rng_state(self.trainer.world.device)
+            problem = self.trainer.explain_divergence(update.images)
+            set_rng_state(before, self.trainer.world.device)
         if problem:
             problem = f"not saved after {self.position}: {problem}; the last checkpoint stays"
-            if stop or not self.args.if_continue_inf:
+            if stop or not (self.args.if_continue_inf or self.args.if_nan2num):
                 raise NonFiniteLossError(problem)
-            self.trainer.console.print(problem)
+            print(problem, file=sys.stderr)  # not through the console, which is the main process's
+            self.wishes.saved()  # in so far as the next one is due an interval from now
             return
         self.save("checkpoint.pth")
         if stop:
@@ -362,16 +376,31 @@ def _output_folder(args: argparse.Namespace) -> Path | None:
 
 @contextmanager
 def _sole_run(output: Path | None, world: World) -> Iterator[None]:
-    """Raises ConfigError if another run writes to `output`; keeps others out meanwhile, where files can be locked."""
-    with open(output / ".lock", "ab") if output is not None and world.is_main else nullcontext() as file:
-        free = True
-        if file is not None:
+    """Keep other runs out of `output`, where files can be locked.
+
+    Raises ConfigError if another run is in it, or if it cannot be written.
+    """
+    with ExitStack() as held:
+        problem = ""
+        if output is not None and world.is_main:
+            lock = output / ".lock"
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and is not its workers'
+                file = held.enter_context(open(lock, "ab"))
             except OSError as error:
-                free = error.errno not in (errno.EACCES, errno.EAGAIN)
-        if not all(world.gather(free)):
-            raise ConfigError(f"--output_dir {output} is in use by another run: wait for its end, or choose another")
+                if not (isinstance(error, PermissionError) and lock.exists()):  # else it is another user's
+                    problem = f"--output_dir {output} cannot be written: {error.strerror}"
+            else:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and is not its workers'
+                except OSError as error:
+                    if error.errno in (errno.EACCES, errno.EAGAIN):
+                        problem = (
+                            f"--output_dir {output} is in use by another run, which holds {lock}: wait for its end, or "
+                            "choose another"
+                        )
+        problems = [text for text in world.gather(problem) if text]
+        if problems:
+            raise ConfigError(problems[0])
         yield
 
 
