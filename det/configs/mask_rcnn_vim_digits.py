@@ -3,7 +3,7 @@
     python tools/make_digit_scenes.py
     python det/train.py det/configs/mask_rcnn_vim_digits.py --cfg-options model.backbone.discretization_method=bilinear
 
-With zoh, box AP50 0.81 after 1,500 updates of 4,000 scenes, 6 minutes on one core.
+The six methods reach a box AP50 of 0.79 to 0.81: documentation/segmentation_detection.md.
 """
 
 _base_ = ["_base_/mask_rcnn.py", "_base_/runtime.py"]

@@ -3,7 +3,7 @@
     python tools/make_digit_scenes.py
     python seg/train.py seg/configs/upernet_vim_digits.py --cfg-options model.backbone.discretization_method=bilinear
 
-With zoh, 0.62 mean IoU after 3,000 updates of 4,000 scenes, 8 minutes on one core.
+The six methods reach a mean IoU of 0.62 to 0.63: documentation/segmentation_detection.md.
 """
 
 _base_ = ["_base_/upernet.py", "_base_/runtime.py"]
