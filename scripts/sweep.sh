@@ -13,7 +13,8 @@ usage: scripts/sweep.sh [options] CONFIG GPUS [flags of vim/main.py]
   --dry-run           check everything, print the commands, start nothing
 
 It can be interrupted at any moment: on SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) the run saves, and the same command goes on
-from there; Ctrl-Z stops only the script. Runs that are complete are not trained again. In the end the last record of each run is printed.
+from there; Ctrl-Z stops only the script. Runs that are complete are not trained again. In the end the last record of each
+run is printed.
 USAGE
 }
 # shellcheck source=scripts/launch.sh

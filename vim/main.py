@@ -220,7 +220,7 @@ class _Run:
             if stop or not (self.args.if_continue_inf or self.args.if_nan2num):
                 raise NonFiniteLossError(problem)
             print(problem, file=sys.stderr)  # not through the console, which is the main process's
-            self.wishes.saved()  # in so far as the next one is due an interval from now
+            self.wishes.saved()  # in so far as the next attempt is due an interval from now
             return
         self.save("checkpoint.pth")
         if stop:
@@ -381,27 +381,29 @@ def _sole_run(output: Path | None, world: World) -> Iterator[None]:
     Raises ConfigError if another run is in it, or if it cannot be written.
     """
     with ExitStack() as held:
-        problem = ""
-        if output is not None and world.is_main:
-            lock = output / ".lock"
-            try:
-                file = held.enter_context(open(lock, "ab"))
-            except OSError as error:
-                if not (isinstance(error, PermissionError) and lock.exists()):  # else it is another user's
-                    problem = f"--output_dir {output} cannot be written: {error.strerror}"
-            else:
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and is not its workers'
-                except OSError as error:
-                    if error.errno in (errno.EACCES, errno.EAGAIN):
-                        problem = (
-                            f"--output_dir {output} is in use by another run, which holds {lock}: wait for its end, or "
-                            "choose another"
-                        )
+        problem = _lock(output, held) if output is not None and world.is_main else ""
         problems = [text for text in world.gather(problem) if text]
         if problems:
             raise ConfigError(problems[0])
         yield
+
+
+def _lock(output: Path, held: ExitStack) -> str:
+    """Lock `output` until `held` is closed; why that is not possible, if another run has it or it cannot be written."""
+    lock = output / ".lock"
+    try:
+        file = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o666)
+    except OSError as error:
+        of_another_user = isinstance(error, PermissionError) and lock.exists()
+        return "" if of_another_user else f"--output_dir {output} cannot be written: {error.strerror}"
+    held.callback(os.close, file)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and is not its workers'
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # any other: this file system has no locks
+            ask = "wait for its end, or choose another"
+            return f"--output_dir {output} is in use by another run, which holds {lock}: {ask}"
+    return ""
 
 
 def _checkpoint_to_resume(args: argparse.Namespace, output: Path | None) -> str | None:
