@@ -56,6 +56,14 @@ MAMBA_SSM_DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp
 // The derivative of silu(x) = x s, where s = sigmoid(x).
 MAMBA_SSM_DEVICE float silu_slope(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
 
+// The value, of which the compiler knows nothing more: what is made of it inside a loop is not kept from turn to turn.
+MAMBA_SSM_DEVICE float opaque(float value) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+f"(value));
+#endif
+  return value;
+}
+
 // ---- memory ------------------------------------------------------------------------------------------------------
 
 // The dynamic shared memory of the block.
@@ -286,15 +294,6 @@ MAMBA_SSM_DEVICE void with_dtype(Dtype dtype, const Function& function) {
   } else {
     function(std::integral_constant<Dtype, Dtype::f32>());
   }
-}
-
-// Whether `value` holds in all threads of the block, all of which must call this; once per kernel.
-MAMBA_SSM_DEVICE bool block_all(bool value) {
-#if defined(__CUDACC__)
-  return __syncthreads_and(value);
-#else
-  return cuda_on_cpu::block.all(value);
-#endif
 }
 
 // Stops the program if `condition` does not hold, as torch does for an index out of range.

@@ -222,11 +222,15 @@ struct HoldSeries {
   // w1 a + w2 b + w3 c without the terms whose weight is zero.
   template <class V>
   static MAMBA_SSM_HD V weighted(V a, V b, V c) {
-    V sum{};
-    if constexpr (W1 != 0) sum += a * w1;
-    if constexpr (W2 != 0) sum += b * w2;
-    if constexpr (W3 != 0) sum += c * w3;
-    return sum;
+    if constexpr (W1 == 0 && W3 == 0) {
+      return b * w2;
+    } else if constexpr (W2 == 0 && W3 == 0) {
+      return a * w1;
+    } else if constexpr (W3 == 0) {
+      return a * w1 + b * w2;
+    } else {
+      return a * w1 + b * w2 + c * w3;
+    }
   }
   template <class V>
   static MAMBA_SSM_HD Transition<V> forward(V delta, const Coefficients<V>& k) {
@@ -402,103 +406,116 @@ struct ZohExact : Hold<6, 0, 0> {
   static constexpr const char* name = "zoh_exact";
 };
 
-// Rows whose c is a polynomial, c = Δ^P (m0 + m1 Δ + m2 Δ² + m3 Δ³) with P = 1 or 2 and m_i made of A; Ā = e^x.
-// `Input::coefficients(A)` gives the m_i and `Input::slopes(A)` their derivatives dm_i/dA.
+// Rows whose c is a polynomial and Ā = e^x:  c = Δ Σ_k x^k (m_k0 + m_k1 Δ + m_k2 Δ²), k <= 3, with Table::m.
+//
+// Under one A over time this is a cubic in Δ, whose coefficients are made of A.
 template <class V>
 struct Cubic {
   V m0, m1, m2, m3;
+  MAMBA_SSM_HD V at(V x) const { return ((m3 * x + m2) * x + m1) * x + m0; }
 };
-template <class Input, int P>
+struct PolynomialTable {
+  float m[4][3];
+  // The lowest power of Δ in c / Δ, 0 or 1.
+  MAMBA_SSM_HD constexpr int lowest() const { return m[0][0] == 0.0f ? 1 : 0; }
+  // What A^k is multiplied by in the coefficient of Δ^(power + 1).
+  MAMBA_SSM_HD constexpr float of_A(int power, int k) const {
+    return power < k || power - k > 2 ? 0.0f : m[k][power - k];
+  }
+};
+template <class Table>
 struct ExponentialWithPolynomialInput {
   static constexpr bool kInputIsDelta = false;
   static constexpr bool kSlopeIsABar = true;
+  static constexpr int kLowest = Table::table.lowest();
   template <class V>
   struct Coefficients {
     V rate;  // A log2 e
     Cubic<V> m, slope;
   };
+  // Σ_k m_k A^k without the terms that are not there.
+  template <class V>
+  static MAMBA_SSM_HD V sum(V A, float m0, float m1, float m2, float m3) {
+    V value = constant<V>(m0);
+    if (m1 != 0.0f) value += A * m1;
+    if (m2 != 0.0f) value += (A * A) * m2;
+    if (m3 != 0.0f) value += (A * A * A) * m3;
+    return value;
+  }
+  // The coefficient of Δ^(Power + 1), and its derivative.
+  template <int Power, class V>
+  static MAMBA_SSM_HD V coefficient(V A) {
+    constexpr PolynomialTable t = Table::table;
+    constexpr float m0 = t.of_A(Power, 0), m1 = t.of_A(Power, 1), m2 = t.of_A(Power, 2), m3 = t.of_A(Power, 3);
+    return sum(A, m0, m1, m2, m3);
+  }
+  template <int Power, class V>
+  static MAMBA_SSM_HD V slope(V A) {
+    constexpr PolynomialTable t = Table::table;
+    constexpr float m1 = t.of_A(Power, 1), m2 = t.of_A(Power, 2), m3 = t.of_A(Power, 3);
+    return sum(A, m1, 2.0f * m2, 3.0f * m3, 0.0f);
+  }
   template <class V>
   static MAMBA_SSM_HD Coefficients<V> prepare(V A) {
-    return {A * kLog2e, Input::coefficients(A), Input::slopes(A)};
+    constexpr int p = kLowest;
+    return {A * kLog2e,
+            {coefficient<p>(A), coefficient<p + 1>(A), coefficient<p + 2>(A), coefficient<p + 3>(A)},
+            {slope<p>(A), slope<p + 1>(A), slope<p + 2>(A), slope<p + 3>(A)}};
   }
   template <class V>
   static MAMBA_SSM_HD V power(V delta) {
-    if constexpr (P == 1) {
+    if constexpr (kLowest == 0) {
       return delta;
     } else {
       return delta * delta;
     }
   }
   template <class V>
-  static MAMBA_SSM_HD V cubic(V delta, const Cubic<V>& m) {
-    return ((m.m3 * delta + m.m2) * delta + m.m1) * delta + m.m0;
-  }
-  template <class V>
   static MAMBA_SSM_HD Transition<V> forward(V delta, const Coefficients<V>& k) {
-    return {exponential2(delta * k.rate), power(delta) * cubic(delta, k.m)};
+    return {exponential2(delta * k.rate), power(delta) * k.m.at(delta)};
   }
   template <class V>
   static MAMBA_SSM_HD TransitionGradient<V> gradient(V delta, const Coefficients<V>& k) {
+    constexpr float p = kLowest + 1;
     const V a_bar = exponential2(delta * k.rate);
-    const Cubic<V> derivative{k.m.m0 * float(P), k.m.m1 * float(P + 1), k.m.m2 * float(P + 2), k.m.m3 * float(P + 3)};
-    const V c_delta = P == 1 ? cubic(delta, derivative) : delta * cubic(delta, derivative);
-    return {a_bar, a_bar, power(delta) * cubic(delta, k.m), c_delta, power(delta) * cubic(delta, k.slope)};
+    const Cubic<V> derivative{k.m.m0 * p, k.m.m1 * (p + 1), k.m.m2 * (p + 2), k.m.m3 * (p + 3)};
+    const V c_delta = kLowest == 0 ? derivative.at(delta) : delta * derivative.at(delta);
+    return {a_bar, a_bar, power(delta) * k.m.at(delta), c_delta, power(delta) * k.slope.at(delta)};
   }
 };
 
 // Runge–Kutta 4 for the input:  c = Δ(1 + x/2 + x²/6 + x³/24).
-struct Rk4 : ExponentialWithPolynomialInput<Rk4, 1> {
+struct Rk4Table {
+  static constexpr PolynomialTable table{{{1.0f}, {1.0f / 2}, {1.0f / 6}, {1.0f / 24}}};
+};
+struct Rk4 : ExponentialWithPolynomialInput<Rk4Table> {
   static constexpr const char* name = "rk4";
-  template <class V>
-  static MAMBA_SSM_HD Cubic<V> coefficients(V A) {
-    return {constant<V>(1.0f), A * 0.5f, A * A * (1.0f / 6), A * A * A * (1.0f / 24)};
-  }
-  template <class V>
-  static MAMBA_SSM_HD Cubic<V> slopes(V A) {
-    return {V{}, constant<V>(0.5f), A * (1.0f / 3), A * A * 0.125f};
-  }
 };
 
 // The truncated coefficients of the published code, kept to reproduce it. They follow the rows above only for small
 // |x|. foh_taylor:  c = Δ²/2 + AΔ³/6 + A²Δ⁴/24 + A³Δ⁵/120.
-struct FohTaylor : ExponentialWithPolynomialInput<FohTaylor, 2> {
+struct FohTaylorTable {
+  static constexpr PolynomialTable table{{{0.0f, 1.0f / 2}, {0.0f, 1.0f / 6}, {0.0f, 1.0f / 24}, {0.0f, 1.0f / 120}}};
+};
+struct FohTaylor : ExponentialWithPolynomialInput<FohTaylorTable> {
   static constexpr const char* name = "foh_taylor";
-  template <class V>
-  static MAMBA_SSM_HD Cubic<V> coefficients(V A) {
-    return {constant<V>(0.5f), A * (1.0f / 6), A * A * (1.0f / 24), A * A * A * (1.0f / 120)};
-  }
-  template <class V>
-  static MAMBA_SSM_HD Cubic<V> slopes(V A) {
-    return {V{}, constant<V>(1.0f / 6), A * (1.0f / 12), A * A * (1.0f / 40)};
-  }
 };
 
 // poly_taylor:  c = Δ + (A/2 + 1/4)Δ² + (A²/6 + A/12)Δ³ + (A³/24 + A²/48)Δ⁴.
-struct PolyTaylor : ExponentialWithPolynomialInput<PolyTaylor, 1> {
+struct PolyTaylorTable {
+  static constexpr PolynomialTable table{{{1.0f, 1.0f / 4}, {1.0f / 2, 1.0f / 12}, {1.0f / 6, 1.0f / 48}, {1.0f / 24}}};
+};
+struct PolyTaylor : ExponentialWithPolynomialInput<PolyTaylorTable> {
   static constexpr const char* name = "poly_taylor";
-  template <class V>
-  static MAMBA_SSM_HD Cubic<V> coefficients(V A) {
-    return {constant<V>(1.0f), A * 0.5f + 0.25f, A * (A * (1.0f / 6) + 1.0f / 12),
-            A * A * (A * (1.0f / 24) + 1.0f / 48)};
-  }
-  template <class V>
-  static MAMBA_SSM_HD Cubic<V> slopes(V A) {
-    return {V{}, constant<V>(0.5f), A * (1.0f / 3) + 1.0f / 12, A * (A * 0.125f + 1.0f / 24)};
-  }
 };
 
 // highorder_taylor:  c = Δ + (A/2 + 1/2)Δ² + (A²/6 + A/6 + 1/12)Δ³ + (A³/24 + A²/24 + A/48)Δ⁴.
-struct HighOrderTaylor : ExponentialWithPolynomialInput<HighOrderTaylor, 1> {
+struct HighOrderTaylorTable {
+  static constexpr PolynomialTable table{
+      {{1.0f, 1.0f / 2, 1.0f / 12}, {1.0f / 2, 1.0f / 6, 1.0f / 48}, {1.0f / 6, 1.0f / 24}, {1.0f / 24}}};
+};
+struct HighOrderTaylor : ExponentialWithPolynomialInput<HighOrderTaylorTable> {
   static constexpr const char* name = "highorder_taylor";
-  template <class V>
-  static MAMBA_SSM_HD Cubic<V> coefficients(V A) {
-    return {constant<V>(1.0f), A * 0.5f + 0.5f, A * (A * (1.0f / 6) + 1.0f / 6) + 1.0f / 12,
-            A * (A * (A * (1.0f / 24) + 1.0f / 24) + 1.0f / 48)};
-  }
-  template <class V>
-  static MAMBA_SSM_HD Cubic<V> slopes(V A) {
-    return {V{}, constant<V>(0.5f), A * (1.0f / 3) + 1.0f / 6, A * (A * 0.125f + 1.0f / 12) + 1.0f / 48};
-  }
 };
 
 }  // namespace mamba_ssm

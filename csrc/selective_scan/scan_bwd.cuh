@@ -177,10 +177,11 @@ MAMBA_SSM_DEVICE GradientPair stage_gradient_pair(const ScanParams& p, int step,
   const float2 gate = {gradient.x * (s.x + silu.x * (1.0f - s.x)), gradient.y * (s.y + silu.y * (1.0f - s.y))};
   return {{delta.x, u.x, dy.x, slope.x}, {delta.y, u.y, dy.y, slope.y}, gate};
 }
-// What the steps of a chunk need to be advanced through: Δ and u.
-template <Dtype T>
-MAMBA_SSM_DEVICE void stage_quietly(const ScanParams& p, const Lane& lane, int steps, float2 bias,
+// What the steps of a chunk need to be advanced through: Δ and u. Returns whether the quick form fits.
+template <Dtype T, class Limits>
+MAMBA_SSM_DEVICE bool stage_quietly(const ScanParams& p, const Lane& lane, int steps, float2 bias, const Limits& limits,
                                     BackwardWarp<T>& memory) {
+  bool fits = limits.any;
   float part[8];
   read_part(lane, memory.raw_matrices, part);
   float4 staged[tile::kSteps / 2];
@@ -193,6 +194,7 @@ MAMBA_SSM_DEVICE void stage_quietly(const ScanParams& p, const Lane& lane, int s
     if (!p.delta_softplus) delta = raw;
     if (step >= steps) delta = {0.0f, 0.0f};
     staged[i] = {delta.x, u.x, delta.y, u.y};
+    fits &= limits.allow(delta.x) & limits.allow(delta.y);
   }
   keep_part(lane, part, memory.matrices);
 #pragma unroll
@@ -201,17 +203,20 @@ MAMBA_SSM_DEVICE void stage_quietly(const ScanParams& p, const Lane& lane, int s
     target[0] = {staged[i].x, staged[i].y, 0.0f, 0.0f};
     target[16] = {staged[i].z, staged[i].w, 0.0f, 0.0f};
   }
+  return limits.kAlways || warp_all(fits);
 }
-// What they need to be returned through.
-template <Dtype T>
-MAMBA_SSM_DEVICE void stage_chunk(const ScanParams& p, const Lane& lane, int steps, float2 bias,
+// What they need to be returned through, likewise.
+template <Dtype T, class Limits>
+MAMBA_SSM_DEVICE bool stage_chunk(const ScanParams& p, const Lane& lane, int steps, float2 bias, const Limits& limits,
                                   BackwardWarp<T>& memory) {
+  bool fits = limits.any;
   float part[8];
   read_part(lane, memory.raw_matrices, part);
   GradientPair staged[tile::kSteps / 2];
 #pragma unroll
   for (int i = 0; i < tile::kSteps / 2; ++i) {
     staged[i] = stage_gradient_pair(p, 2 * i + lane.half, lane.pair, steps, bias, memory);
+    fits &= limits.allow(staged[i].first.x) & limits.allow(staged[i].second.x);
   }
   keep_part(lane, part, memory.matrices);
 #pragma unroll
@@ -221,50 +226,70 @@ MAMBA_SSM_DEVICE void stage_chunk(const ScanParams& p, const Lane& lane, int ste
     memory.step[step][lane.pair + 16] = staged[i].second;
     *reinterpret_cast<float2*>(memory.gate[step] + 2 * lane.pair) = staged[i].gate;
   }
+  return limits.kAlways || warp_all(fits);
 }
 
-// A method's coefficients for its gradient: kept if there is one for each state, else made of A where they are used.
-template <class Method>
+MAMBA_SSM_DEVICE float as_float(float value) { return value; }
+MAMBA_SSM_DEVICE float as_float(Real value) { return value.value; }
+// What a thread keeps of the method, of the walk back and of what it sums. The coefficients of a form are kept if there
+// is one for each state, else made of A where they are used.
+template <class Quick>
 struct Adjoint {
-  using Coefficients = decltype(Method::prepare(Real(0.0f)));
-  static constexpr bool kKeep = sizeof(Coefficients) == sizeof(float);
-  std::conditional_t<kKeep, Coefficients, float> k[tile::kSlots][tile::kThreadStates];
+  static constexpr bool kKeep = sizeof(typename Quick::Coefficients) == sizeof(float);
+  States k;        // A, or its coefficients
   States carried;  // Ā_{t+1} g_{t+1}
   States dA;
 
-  MAMBA_SSM_DEVICE Coefficients coefficients(int s, int j) const {
+  MAMBA_SSM_DEVICE void prepare(const States& A) {
+#pragma unroll
+    for (int s = 0; s < tile::kSlots; ++s) {
+#pragma unroll
+      for (int j = 0; j < tile::kThreadStates; ++j) {
+        if constexpr (kKeep) {
+          k[s][j] = as_float(Quick::prepare(A[s][j]));
+        } else {
+          k[s][j] = A[s][j];
+        }
+        dA[s][j] = 0.0f;
+      }
+    }
+  }
+  template <class Form>
+  MAMBA_SSM_DEVICE typename Form::Coefficients coefficients(int s, int j) const {
     if constexpr (kKeep) {
       return k[s][j];
     } else {
-      return Method::prepare(Real(k[s][j]));
+      return Form::prepare(opaque(k[s][j]));
     }
   }
 };
 
 // h through one step, without anything else.
-template <class Method, int Count, class Coefficients>
-MAMBA_SSM_DEVICE void advance_step(const float4& in, const Coefficients& coefficients, const float (&B)[Count],
-                                   float* h) {
-  const float weight = Method::kInputIsDelta ? in.x * in.y : in.y;
+template <class Form, int Count>
+MAMBA_SSM_DEVICE void advance_step(const float4& in, const typename Form::Coefficients (&k)[Count],
+                                   const float (&B)[Count], float* h) {
+  const float input = Form::kInputIsDelta ? in.x * in.y : in.y;
 #pragma unroll
-  for (int j = 0; j < Count; ++j) {
-    const Transition<Real> transition = Method::forward(Real(in.x), coefficients(j));
-    const float input = Method::kInputIsDelta ? weight : (transition.c * Real(weight)).value;
-    h[j] = transition.a_bar.value * h[j] + input * B[j];
-  }
+  for (int j = 0; j < Count; ++j) h[j] = Form::advance(h[j], in.x, input, B[j], k[j]);
 }
 
-template <class Method, Dtype T>
-MAMBA_SSM_DEVICE void advance_quietly(const Lane& lane, const Adjoint<Method>& a, States& h,
+template <class Form, class Quick, Dtype T>
+MAMBA_SSM_DEVICE void advance_quietly(const Lane& lane, const Adjoint<Quick>& a, States& h,
                                       const BackwardWarp<T>& memory) {
-#pragma unroll 2
-  for (int step = 0; step < tile::kSteps; ++step) {
-    float B[tile::kThreadStates];
-    read_row(memory.matrices[step] + lane.first_state(), B);
+#pragma unroll 1
+  for (int first = 0; first < tile::kSteps; first += 2) {
+    float B[2][tile::kThreadStates];
+    read_row(memory.matrices[first] + lane.first_state(), B[0]);
+    read_row(memory.matrices[first + 1] + lane.first_state(), B[1]);
 #pragma unroll
     for (int s = 0; s < tile::kSlots; ++s) {
-      const float4 in = memory.step[step][s == 0 ? lane.index : lane.partner()];
-      advance_step<Method>(in, [&](int j) { return a.coefficients(s, j); }, B, h[s]);
+      typename Form::Coefficients k[tile::kThreadStates];
+#pragma unroll
+      for (int j = 0; j < tile::kThreadStates; ++j) k[j] = a.template coefficients<Form>(s, j);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        advance_step<Form>(memory.step[first + i][s == 0 ? lane.index : lane.partner()], k, B[i], h[s]);
+      }
     }
   }
 }
@@ -284,8 +309,8 @@ struct TwoSteps {
 };
 
 // h through the chunk: keeps it before every pair of steps, and finds dC and dz.
-template <class Method, bool Exact, Dtype T>
-MAMBA_SSM_DEVICE void advance_chunk(const Lane& lane, const Adjoint<Method>& a, float D, States& h,
+template <class Form, bool Exact, class Quick, Dtype T>
+MAMBA_SSM_DEVICE void advance_chunk(const Lane& lane, const Adjoint<Quick>& a, float D, States& h,
                                     BackwardWarp<T>& memory) {
   constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots;
   TwoSteps in, next;
@@ -304,18 +329,24 @@ MAMBA_SSM_DEVICE void advance_chunk(const Lane& lane, const Adjoint<Method>& a, 
         const float* state = h[s] + quad;
         memory.state[first / 2][s * 2 + quad / kQuad][lane.index] = {state[0], state[1], state[2], state[3]};
       }
+      float B[2][kQuad], C[2][kQuad];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float B[kQuad], C[kQuad];
-        read_row(memory.matrices[first + i] + lane.first_state() + quad, B);
-        read_row(memory.matrices[first + i] + tile::kStates + lane.first_state() + quad, C);
+        read_row(memory.matrices[first + i] + lane.first_state() + quad, B[i]);
+        read_row(memory.matrices[first + i] + tile::kStates + lane.first_state() + quad, C[i]);
+      }
 #pragma unroll
-        for (int s = 0; s < kSlots; ++s) {
-          advance_step<Method>(in.at[i][s], [&](int j) { return a.coefficients(s, quad + j); }, B, h[s] + quad);
+      for (int s = 0; s < kSlots; ++s) {
+        typename Form::Coefficients k[kQuad];
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) k[j] = a.template coefficients<Form>(s, quad + j);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          advance_step<Form>(in.at[i][s], k, B[i], h[s] + quad);
 #pragma unroll
           for (int j = 0; j < kQuad; ++j) {
             const float state = h[s][quad + j], dy = in.at[i][s].z;
-            y[i][s] += C[j] * state;
+            y[i][s] += C[i][j] * state;
             dC[i][j] = s == 0 ? state * dy : dC[i][j] + state * dy;
           }
         }
@@ -337,9 +368,9 @@ struct ChannelGradients {
 };
 
 // Back through the chunk's pairs of steps.
-template <class Method, bool Exact, Dtype T>
-MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, const States& A, Adjoint<Method>& a, float D,
-                                   ChannelGradients& channel, BackwardWarp<T>& memory) {
+template <class Form, bool Exact, class Quick, Dtype T>
+MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, Adjoint<Quick>& a, float D, ChannelGradients& channel,
+                                   BackwardWarp<T>& memory) {
   constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots;
 #pragma unroll 1
   for (int first = tile::kSteps - 2; first >= 0; first -= 2) {
@@ -349,7 +380,7 @@ MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, const States& A, Adjoint<Me
       in[i][0] = memory.step[first + i][lane.index];
       in[i][1] = memory.step[first + i][lane.partner()];
     }
-    float du_sum[2][kSlots] = {}, ddelta_sum[2][kSlots] = {};
+    float du_sum[2][kSlots] = {}, ddelta_sum[2][kSlots] = {}, rest_sum[2][kSlots] = {};
     ChannelSums<Exact> sums;
 #pragma unroll
     for (int quad = 0; quad < kStates; quad += kQuad) {
@@ -363,42 +394,65 @@ MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, const States& A, Adjoint<Me
       for (int s = 0; s < kSlots; ++s) {
         const float4 kept = memory.state[first / 2][s * 2 + quad / kQuad][lane.index];
         const float before[kQuad] = {kept.x, kept.y, kept.z, kept.w};
+        const float w0 = in[0][s].x * in[0][s].y, w1 = in[1][s].x * in[1][s].y;
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) {
           float& carried = a.carried[s][quad + j];
           float& dA = a.dA[s][quad + j];
           const auto add_dB = [&](int i, float term) { dB[i][j] = s == 0 ? term : dB[i][j] + term; };
-          if constexpr (Method::kInputIsDelta) {
-            const Real k = a.k[s][quad + j];
-            const float w0 = in[0][s].x * in[0][s].y, w1 = in[1][s].x * in[1][s].y;
-            const float a0 = Method::forward(Real(in[0][s].x), k).a_bar.value;
-            const float a1 = Method::forward(Real(in[1][s].x), k).a_bar.value;
+          if constexpr (Form::kInputIsDelta) {
+            const float k = a.k[s][quad + j];
+            const float a0 = Form::a_bar(in[0][s].x, k), a1 = Form::a_bar(in[1][s].x, k);
             const auto step_back = [&](int i, float a_bar, float w, float state) {
               const float g = C[i][j] * in[i][s].z + carried;
               carried = g * a_bar;
               du_sum[i][s] += g * B[i][j];
               add_dB(i, g * w);
               const float through = state * carried;
-              ddelta_sum[i][s] += through * k.value;
+              ddelta_sum[i][s] += through * k;
               dA += through * in[i][s].x;
             };
             step_back(1, a1, w1, a0 * before[j] + w0 * B[0][j]);
             step_back(0, a0, w0, before[j]);
-          } else {
-            const auto k = gradient_coefficients<Method>(Real(A[s][quad + j]));
-            const TransitionGradient<Real> early = Method::gradient(Real(in[0][s].x), k);
-            const TransitionGradient<Real> late = Method::gradient(Real(in[1][s].x), k);
-            const auto step_back = [&](int i, const TransitionGradient<Real>& step, float state) {
-              const float g = C[i][j] * in[i][s].z + carried, gB = g * B[i][j], gBu = gB * in[i][s].y;
-              carried = g * step.a_bar.value;
-              const float through = state * (Method::kSlopeIsABar ? carried : g * step.slope.value);
-              ddelta_sum[i][s] += through * A[s][quad + j] + gBu * step.c_delta.value;
-              dA += through * in[i][s].x + gBu * step.c_A.value;
-              du_sum[i][s] += gB * step.c.value;
-              add_dB(i, g * (step.c.value * in[i][s].y));
+          } else if constexpr (Form::kFactored) {
+            const float A = opaque(a.k[s][quad + j]);
+            const form::Factors early = Form::gradient(in[0][s].x, A), late = Form::gradient(in[1][s].x, A);
+            const float early_input = early.p * w0, late_input = late.p * w1;  // c u
+            const auto step_back = [&](int i, const form::Factors& f, float w, float input, float state) {
+              const float g = C[i][j] * in[i][s].z + carried, gB = g * B[i][j];
+              carried = g * f.a_bar;
+              float dx;
+              if constexpr (Form::kSlopeIsABar) {
+                dx = state * carried + w * (gB * f.p_x);
+              } else {  // p_x is half the slope
+                dx = f.slope * (state * g + (0.5f * w) * gB);
+              }
+              ddelta_sum[i][s] += dx * A;
+              dA += dx * in[i][s].x;
+              du_sum[i][s] += gB * f.p;
+              if constexpr (Form::kHasRest) rest_sum[i][s] += gB * f.rest;
+              add_dB(i, g * input);
             };
-            step_back(1, late, early.a_bar.value * before[j] + early.c.value * in[0][s].y * B[0][j]);
-            step_back(0, early, before[j]);
+            step_back(1, late, w1, late_input, early.a_bar * before[j] + early_input * B[0][j]);
+            step_back(0, early, w0, early_input, before[j]);
+          } else {
+            const float A = opaque(a.k[s][quad + j]);
+            const TransitionGradient<float> early = Form::gradient(in[0][s].x, A);
+            const TransitionGradient<float> late = Form::gradient(in[1][s].x, A);
+            const float early_input = early.c * in[0][s].y, late_input = late.c * in[1][s].y;
+            const auto step_back = [&](int i, const TransitionGradient<float>& step, float input, float state) {
+              const float g = C[i][j] * in[i][s].z + carried, gB = g * B[i][j], gBu = gB * in[i][s].y;
+              carried = g * step.a_bar;
+              const float through = state * (Form::kSlopeIsABar ? carried : g * step.slope);
+              ddelta_sum[i][s] += through * A;
+              ddelta_sum[i][s] += gBu * step.c_delta;
+              dA += through * in[i][s].x;
+              dA += gBu * step.c_A;
+              du_sum[i][s] += gB * step.c;
+              add_dB(i, g * input);
+            };
+            step_back(1, late, late_input, early.a_bar * before[j] + early_input * B[0][j]);
+            step_back(0, early, early_input, before[j]);
           }
         }
       }
@@ -411,8 +465,13 @@ MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, const States& A, Adjoint<Me
       float du = du_sum[i][0] + shuffle_xor(du_sum[i][1], 16);
       float ddelta = ddelta_sum[i][0] + shuffle_xor(ddelta_sum[i][1], 16);
       const float delta = in[i][0].x, u = in[i][0].y, dy = in[i][0].z, slope = in[i][0].w;
-      if constexpr (Method::kInputIsDelta) {  // c = Δ comes out of the sum over the states
+      if constexpr (Form::kInputIsDelta) {  // c = Δ comes out of the sum over the states
         ddelta = ddelta * kLn2 + du * u;
+        du *= delta;
+      } else if constexpr (Form::kFactored) {  // and so does the Δ of c = Δ p
+        float sum = du;
+        if constexpr (Form::kHasRest) sum += rest_sum[i][0] + shuffle_xor(rest_sum[i][1], 16);
+        ddelta += sum * u;
         du *= delta;
       }
       ddelta *= slope;
@@ -550,30 +609,31 @@ MAMBA_SSM_DEVICE void read_state(const Lane& lane, const BackwardWarp<T>& memory
   }
 }
 
-// The whole walk of one warp, under one form of the method.
+MAMBA_SSM_DEVICE void clear(States& values) {
+#pragma unroll
+  for (int i = 0; i < tile::kSlots * tile::kThreadStates; ++i) {
+    values[i / tile::kThreadStates][i % tile::kThreadStates] = 0.0f;
+  }
+}
+
+// The whole walk of one warp.
 template <class Method, Dtype T>
 MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& out, const WarpTile& t, const Lane& lane,
-                                  const States& A, BackwardMemory<T>& block_memory) {
+                                  BackwardMemory<T>& block_memory) {
+  using Quick = typename form::Backward<Method, T>::Quick;
+  using General = typename form::Backward<Method, T>::General;
   constexpr bool kExact = T != Dtype::bf16;
   BackwardWarp<T>& memory = block_memory.warps[threadIdx.x / kWarp];
   const ScanParams& p = scan.p;
   const ScanGradients& g = out.g;
-  Adjoint<Method> a;
+  States A;
+  load_states(scan, t, lane, p.A, 0, -1.0f, A);
+  const QuickLimits<Quick, General> limits(A);
+  Adjoint<Quick> a;
+  a.prepare(A);
   const bool earlier = t.segment < scan.segments - 1;
   load_states(scan, t, lane, earlier ? scan.segment_states : g.dlast_state, earlier ? segment_row(scan, t) : t.batch,
               0.0f, a.carried);
-#pragma unroll
-  for (int s = 0; s < tile::kSlots; ++s) {
-#pragma unroll
-    for (int j = 0; j < tile::kThreadStates; ++j) {
-      if constexpr (Adjoint<Method>::kKeep) {
-        a.k[s][j] = Method::prepare(Real(A[s][j]));
-      } else {
-        a.k[s][j] = A[s][j];
-      }
-      a.dA[s][j] = 0.0f;
-    }
-  }
   const int c = 2 * lane.pair;
   const float2 bias = {load_parameter(p.delta_bias, t, c), load_parameter(p.delta_bias, t, c + 1)};
   const float D = load_parameter(p.D, t, lane.channel(0));
@@ -592,26 +652,39 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
     __syncwarp();
     if (reads_state(scan, item)) read_state(lane, memory, h);
     if (item.returns) {
-      stage_chunk(p, lane, steps, bias, memory);
+      const bool quick = stage_chunk(p, lane, steps, bias, limits, memory);
       __syncthreads();  // the block has added up the last sums
       start_inputs(scan, lane, next, memory);
       if (g.dz_addend.data != nullptr) {
         start_copy(Stream(memory.streams.dz_addend), memory.tile.channels, lane, chunk, steps, memory.dz_addend);
       }
-      advance_chunk<Method, kExact>(lane, a, D, h, memory);
+      if (quick) {
+        advance_chunk<Quick, kExact>(lane, a, D, h, memory);
+      } else if constexpr (!limits.kAlways) {
+        advance_chunk<General, kExact>(lane, a, D, h, memory);
+      }
       if (g.dz_addend.data != nullptr) wait_for_copies();
       __syncwarp();
       if (g.dz.data != nullptr) write_dz(g, lane, chunk, steps, memory);
-      return_chunk<Method, kExact>(lane, A, a, D, channel, memory);
+      if (quick) {
+        return_chunk<Quick, kExact>(lane, a, D, channel, memory);
+      } else if constexpr (!limits.kAlways) {
+        return_chunk<General, kExact>(lane, a, D, channel, memory);
+      }
       if (next.chunk >= memory.tile.first_chunk) start_state(scan, lane, next, memory);
       __syncthreads();
       write_results(p, out, lane, chunk, steps, memory);
       write_partial(lane, chunk, steps, block_memory);
+      clear(h);  // it is read anew; so it takes no registers on the way back
     } else {
-      stage_quietly(p, lane, steps, bias, memory);
+      const bool quick = stage_quietly(p, lane, steps, bias, limits, memory);
       __syncwarp();
       start_inputs(scan, lane, next, memory);
-      advance_quietly(lane, a, h, memory);
+      if (quick) {
+        advance_quietly<Quick>(lane, a, h, memory);
+      } else if constexpr (!limits.kAlways) {
+        advance_quietly<General>(lane, a, h, memory);
+      }
       if (!next.returns) keep_state(scan, lane, next.chunk, h, memory);
     }
     __syncwarp();
@@ -631,17 +704,7 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
 template <class Method, Dtype T>
 __global__ void __launch_bounds__(tile::kThreads, tile::kBackwardBlocks)
     scan_backward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuScan scan, MAMBA_SSM_CONSTANT_PARAMETER GpuScanGradients out) {
-  BackwardMemory<T>& memory = shared_memory<BackwardMemory<T>>();
-  const WarpTile t = this_tile(scan, blockIdx.y);
-  const Lane lane;
-  States A;
-  load_states(scan, t, lane, scan.p.A, 0, -1.0f, A);
-  if constexpr (!std::is_same_v<Method, ForAnyA<Method>>) {
-    if (block_all(all_at_least(A, Method::kSmallestA))) {
-      return return_tile<Method, T>(scan, out, t, lane, A, memory);
-    }
-  }
-  return_tile<ForAnyA<Method>, T>(scan, out, t, lane, A, memory);
+  return_tile<Method, T>(scan, out, this_tile(scan, blockIdx.y), Lane(), shared_memory<BackwardMemory<T>>());
 }
 
 // What each segment but the first makes of the adjoint behind it: decay · adjoint + local.
@@ -650,6 +713,7 @@ __global__ void __launch_bounds__(tile::kThreads, tile::kBackwardBlocks)
     scan_backward_sums_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuScan scan,
                               MAMBA_SSM_CONSTANT_PARAMETER GpuScanGradients out,
                               MAMBA_SSM_CONSTANT_PARAMETER SegmentSums sums) {
+  using Quick = typename form::Backward<Method, T>::Quick;
   BackwardWarp<T>& memory = shared_memory<BackwardMemory<T>>().warps[threadIdx.x / kWarp];
   const ScanParams& p = scan.p;
   const WarpTile t = this_tile(scan, blockIdx.y + 1);
@@ -657,18 +721,19 @@ __global__ void __launch_bounds__(tile::kThreads, tile::kBackwardBlocks)
   const Lane lane;
   States A, adjoint, decay;
   load_states(scan, t, lane, p.A, 0, -1.0f, A);
-  decltype(Method::prepare(Real(0.0f))) k[tile::kSlots][tile::kThreadStates];
+  typename Quick::Coefficients k[tile::kSlots][tile::kThreadStates];
 #pragma unroll
   for (int s = 0; s < tile::kSlots; ++s) {
 #pragma unroll
     for (int j = 0; j < tile::kThreadStates; ++j) {
-      k[s][j] = Method::prepare(Real(A[s][j]));
+      k[s][j] = Quick::prepare(A[s][j]);
       adjoint[s][j] = 0.0f;
       decay[s][j] = 1.0f;
     }
   }
   const int c = 2 * lane.pair;
   const float2 bias = {load_parameter(p.delta_bias, t, c), load_parameter(p.delta_bias, t, c + 1)};
+  const QuickLimits<Quick, Quick> limits(A);
   make_streams(scan, out, t, lane, memory);
   start_inputs(scan, lane, {t.end_chunk - 1, 0, true}, memory);
 #pragma unroll 1
@@ -676,7 +741,7 @@ __global__ void __launch_bounds__(tile::kThreads, tile::kBackwardBlocks)
     const int steps = chunk_steps(p, chunk);
     wait_for_copies();
     __syncwarp();
-    stage_chunk(p, lane, steps, bias, memory);
+    stage_chunk(p, lane, steps, bias, limits, memory);
     __syncwarp();
     start_inputs(scan, lane, {chunk - 1, 0, true}, memory);
 #pragma unroll
@@ -688,7 +753,7 @@ __global__ void __launch_bounds__(tile::kThreads, tile::kBackwardBlocks)
         const float4 in = memory.step[step][s == 0 ? lane.index : lane.partner()];
 #pragma unroll
         for (int j = 0; j < tile::kThreadStates; ++j) {
-          const float a_bar = Method::forward(Real(in.x), k[s][j]).a_bar.value;
+          const float a_bar = Quick::a_bar(in.x, k[s][j]);
           adjoint[s][j] = (C[j] * in.z + adjoint[s][j]) * a_bar;
           decay[s][j] *= a_bar;
         }
@@ -706,7 +771,7 @@ const char* launch_scan_backward(const GpuScan& scan, const GpuScanGradients& gr
   using Kernel = void (*)(GpuScan, GpuScanGradients);
   using SumsKernel = void (*)(GpuScan, GpuScanGradients, SegmentSums);
 #define MAMBA_SSM_KERNEL(Method) scan_backward_kernel<Method, T>,
-#define MAMBA_SSM_SUMS_KERNEL(Method) scan_backward_sums_kernel<ForAnyA<Method>, T>,
+#define MAMBA_SSM_SUMS_KERNEL(Method) scan_backward_sums_kernel<Method, T>,
   static constexpr Kernel kKernels[] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_KERNEL)};
   static constexpr SumsKernel kSumsKernels[] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_SUMS_KERNEL)};
 #undef MAMBA_SSM_KERNEL

@@ -94,40 +94,42 @@ MAMBA_SSM_DEVICE StagedPair stage_pair(const ScanParams& p, const ForwardInputs<
   return {{d.x, InputIsDelta ? d.x * u.x : u.x, sum.x, gate.x}, {d.y, InputIsDelta ? d.y * u.y : u.y, sum.y, gate.y}};
 }
 
-// One step of a channel's states: h = Ā h + c B u, and the sum C·h.
-template <class Method, Output Kind, class Coefficients>
-MAMBA_SSM_DEVICE float scan_step(float delta, float input, const Coefficients (&k)[tile::kThreadStates],
+// One step of a channel's states, and the sum C·h.
+template <class Form, Output Kind>
+MAMBA_SSM_DEVICE float scan_step(float delta, float input, const typename Form::Coefficients (&k)[tile::kThreadStates],
                                  const float (&B)[tile::kThreadStates], const float (&C)[tile::kThreadStates],
                                  float (&h)[tile::kThreadStates], float (&decay)[tile::kThreadStates]) {
   float y = 0.0f;
 #pragma unroll
   for (int j = 0; j < tile::kThreadStates; ++j) {
-    const Transition<Real> transition = Method::forward(Real(delta), k[j]);
-    const float weight = Method::kInputIsDelta ? input : (transition.c * Real(input)).value;
-    h[j] = transition.a_bar.value * h[j] + weight * B[j];
+    h[j] = Form::advance(h[j], delta, input, B[j], k[j]);
     if constexpr (Kind != Output::none) {
       y += C[j] * h[j];
-    } else if constexpr (!Method::kSlopeIsABar) {
-      decay[j] *= transition.a_bar.value;
+    } else if constexpr (!Form::kSlopeIsABar) {
+      decay[j] *= Form::a_bar(delta, k[j]);
     }
   }
   return y;
 }
 
-// The whole walk of one warp, under one form of the method. Without output: the states and the decay of a segment.
+// The whole walk of one warp. Without output: the states and the decay of a segment.
 template <class Method, Dtype T, Output Kind>
 MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, const WarpTile& t, const Lane& lane,
-                                const States& A, ForwardWarp<T>& memory) {
+                                ForwardWarp<T>& memory) {
+  using Quick = typename form::Forward<Method, T>::Quick;
+  using General = typename form::Forward<Method, T>::General;
   constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots, kSteps = tile::kSteps;
   constexpr bool kOutput = Kind != Output::none;
   const ScanParams& p = scan.p;
-  decltype(Method::prepare(Real(0.0f))) k[kSlots][kStates];
-  States h, decay;
+  States A, h, decay;
+  load_states(scan, t, lane, p.A, 0, -1.0f, A);
+  const QuickLimits<Quick, General> limits(A);
+  typename Quick::Coefficients k[kSlots][kStates];
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
 #pragma unroll
     for (int j = 0; j < kStates; ++j) {
-      k[s][j] = Method::prepare(Real(A[s][j]));
+      k[s][j] = Quick::prepare(A[s][j]);
       decay[s][j] = 1.0f;
     }
   }
@@ -151,10 +153,13 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
   // Steps of a chunk staged at one time: what is stored to shared memory parts the instructions before from those
   // behind.
   constexpr int kStaged = 4;
+  bool fits = limits.any;  // the quick form, what is staged
   const auto stage = [&](int chunk, int step) {
     const int steps = chunk < t.end_chunk ? chunk_steps(p, chunk) : 0;
-    return stage_pair<Kind, Method::kInputIsDelta>(p, memory.inputs[chunk % 2], step + lane.half, lane.pair, steps,
-                                                   parameters, total);
+    const StagedPair pair = stage_pair<Kind, Quick::kInputIsDelta>(p, memory.inputs[chunk % 2], step + lane.half,
+                                                                   lane.pair, steps, parameters, total);
+    fits &= limits.allow(pair.first.x) & limits.allow(pair.second.x);
+    return pair;
   };
   const auto keep = [&](int chunk, int first, const StagedPair(&staged)[kStaged / 2]) {
 #pragma unroll
@@ -172,8 +177,8 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
   float part[8];
   read_part(lane, memory.inputs[t.first_chunk % 2].matrices, part);
   keep_part(lane, part, memory.matrices[t.first_chunk % 2]);
-#pragma unroll 1
-  for (int chunk = t.first_chunk; chunk < t.end_chunk; ++chunk) {
+
+  const auto scan_chunk = [&]<class Form>(std::type_identity<Form>, const auto& coefficients, int chunk) {
     const int now = chunk % 2, next = 1 - now, steps = chunk_steps(p, chunk);
     wait_for_copies();
     __syncwarp();
@@ -183,7 +188,7 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
     const Stream out = memory.out;
     char* elements = out.row(chunk * kSteps) + lane.channel(0) * out.size;
     const int written = lane.channel(0) < t.channels ? steps : 0;
-    const int written_in_T = out.size == kSize<T> ? written : 0, written_in_float32 = written - written_in_T;
+    const int written_in_T = out.size == kSize<T> ? written : 0;
 #pragma unroll
     for (int first = 0; first < kSteps; first += kStaged) {
       StagedPair staged[kStaged / 2];
@@ -196,14 +201,14 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
         float B[kStates], C[kStates];
         read_row(row, B);
         if constexpr (kOutput) read_row(row + tile::kStates, C);
-        const float y = scan_step<Method, Kind>(own.x, own.y, k[0], B, C, h[0], decay[0]);
-        const float partner_y = scan_step<Method, Kind>(partner.x, partner.y, k[1], B, C, h[1], decay[1]);
+        const float y = scan_step<Form, Kind>(own.x, own.y, coefficients[0], B, C, h[0], decay[0]);
+        const float partner_y = scan_step<Form, Kind>(partner.x, partner.y, coefficients[1], B, C, h[1], decay[1]);
         if constexpr (kOutput) {
           const float result = (y + shuffle_xor(partner_y, 16) + own.z) * own.w;
           char* element = advance(elements, step, out.row_bytes);
           store_element_below<T>(step, written_in_T, element, result);
           if constexpr (Kind == Output::plain && T != Dtype::f32) {
-            store_element_below<Dtype::f32>(step, written_in_float32, element, result);
+            store_element_below<Dtype::f32>(step, written - written_in_T, element, result);
           }
         }
         if ((step - first) % 2 == 1) staged[(step - first) / 2] = stage(chunk + 1, step - 1);
@@ -214,15 +219,35 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
         start_inputs<Kind>(scan, t, lane, chunk + 2, memory);
       }
     }
+  };
+#pragma unroll 1
+  for (int chunk = t.first_chunk; chunk < t.end_chunk; ++chunk) {
+    if constexpr (limits.kAlways) {
+      scan_chunk(std::type_identity<Quick>(), k, chunk);
+    } else {
+      const bool quick = warp_all(fits);
+      fits = limits.any;
+      if (quick) {
+        scan_chunk(std::type_identity<Quick>(), k, chunk);
+      } else {
+        load_states(scan, t, lane, p.A, 0, -1.0f, A);
+        typename General::Coefficients general[kSlots][kStates];
+#pragma unroll
+        for (int i = 0; i < kSlots * kStates; ++i) {
+          general[i / kStates][i % kStates] = General::prepare(A[i / kStates][i % kStates]);
+        }
+        scan_chunk(std::type_identity<General>(), general, chunk);
+      }
+    }
   }
   if constexpr (!kOutput) {
-    if constexpr (Method::kSlopeIsABar) {
+    if constexpr (Quick::kSlopeIsABar) {
       total = {total.x + shuffle_xor(total.x, 16), total.y + shuffle_xor(total.y, 16)};
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
         const float x = (lane.half ^ s) == 0 ? total.x : total.y;
 #pragma unroll
-        for (int j = 0; j < kStates; ++j) decay[s][j] = Method::forward(Real(x), k[s][j]).a_bar.value;
+        for (int j = 0; j < kStates; ++j) decay[s][j] = Quick::a_bar(x, k[s][j]);
       }
     }
     store_states(scan, t, lane, sums.decay, segment_row(scan, t), decay);
@@ -233,33 +258,18 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
 }
 
 template <class Method, Dtype T, Output Kind>
-MAMBA_SSM_DEVICE void scan_forward(const GpuScan& scan, const SegmentSums& sums) {
-  ForwardWarp<T>& memory = shared_memory<ForwardMemory<T>>().warps[threadIdx.x / kWarp];
-  const WarpTile t = this_tile(scan, blockIdx.y);
-  if (t.channels == 0) return;
-  const Lane lane;
-  States A;
-  load_states(scan, t, lane, scan.p.A, 0, -1.0f, A);
-  if constexpr (!std::is_same_v<Method, ForAnyA<Method>>) {
-    if (all_at_least(A, Method::kSmallestA)) {
-      scan_tile<Method, T, Kind>(scan, sums, t, lane, A, memory);
-      return;
-    }
-  }
-  scan_tile<ForAnyA<Method>, T, Kind>(scan, sums, t, lane, A, memory);
-}
-
-template <class Method, Dtype T, Output Kind>
 __global__ void __launch_bounds__(tile::kThreads, tile::kForwardBlocks)
     scan_forward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuScan scan, MAMBA_SSM_CONSTANT_PARAMETER SegmentSums sums) {
-  scan_forward<Method, T, Kind>(scan, sums);
+  ForwardWarp<T>& memory = shared_memory<ForwardMemory<T>>().warps[threadIdx.x / kWarp];
+  const WarpTile t = this_tile(scan, blockIdx.y);
+  if (t.channels > 0) scan_tile<Method, T, Kind>(scan, sums, t, Lane(), memory);
 }
 
 template <Dtype T>
 const char* launch_scan_forward(const GpuScan& scan, Output kind, const SegmentSums& sums, void* stream) {
   using Kernel = void (*)(GpuScan, SegmentSums);
-#define MAMBA_SSM_KERNELS(Method)                                                                        \
-  {scan_forward_kernel<ForAnyA<Method>, T, Output::none>, scan_forward_kernel<Method, T, Output::plain>, \
+#define MAMBA_SSM_KERNELS(Method)                                                               \
+  {scan_forward_kernel<Method, T, Output::none>, scan_forward_kernel<Method, T, Output::plain>, \
    scan_forward_kernel<Method, T, Output::gated>},
   static constexpr Kernel kKernels[][3] = {MAMBA_SSM_DISCRETIZATIONS(MAMBA_SSM_KERNELS)};
 #undef MAMBA_SSM_KERNELS

@@ -4,8 +4,10 @@
 // A warp works on its own, chunk after chunk: the rows of the next chunk are copied asynchronously while it computes.
 #pragma once
 
+#include <type_traits>
+
+#include "scan_forms.cuh"
 #include "scan_gpu.h"
-#include "scan_math.cuh"
 
 namespace mamba_ssm {
 
@@ -100,16 +102,6 @@ MAMBA_SSM_DEVICE void store_states(const GpuScan& scan, const WarpTile& t, const
     *reinterpret_cast<float4*>(matrix + index) = {values[s][j], values[s][j + 1], values[s][j + 2], values[s][j + 3]};
   });
 }
-// Whether a method's form for |A| >= smallest serves the whole warp.
-MAMBA_SSM_DEVICE bool all_at_least(const States& A, float smallest) {
-  bool all = true;
-#pragma unroll
-  for (int s = 0; s < tile::kSlots; ++s) {
-#pragma unroll
-    for (int j = 0; j < tile::kThreadStates; ++j) all &= fabsf(A[s][j]) >= smallest;
-  }
-  return warp_all(all);
-}
 // The row of the tile's segment in (batch, segments, …).
 MAMBA_SSM_DEVICE std::int64_t segment_row(const GpuScan& scan, const WarpTile& t) {
   return static_cast<std::int64_t>(t.batch) * scan.segments + t.segment;
@@ -125,6 +117,43 @@ MAMBA_SSM_DEVICE bool is_checkpoint(const GpuScan& scan, int chunk) {
 MAMBA_SSM_DEVICE float load_parameter(const float* parameter, const WarpTile& t, int channel) {
   return parameter != nullptr && channel < t.channels ? parameter[t.channel + channel] : 0.0f;
 }
+
+// ---- the forms of a method ---------------------------------------------------------------------------------------
+
+// When the quick form serves: `any` says whether the warp's A allow it at all, the rest between what sizes Δ must be. Δ
+// of 0 is a step that is not there, which every form leaves out.
+template <class Quick, class General>
+struct QuickLimits {
+  static constexpr bool kAlways = std::is_same_v<Quick, General>;
+  bool any = true;
+  float least = 0.0f, most = 0.0f;
+
+  // Of each slot's |A|, the warp's smallest and largest.
+  MAMBA_SSM_DEVICE explicit QuickLimits(const States& A) {
+    if constexpr (!kAlways) {
+      float smallest = fabsf(A[0][0]), largest = smallest;
+#pragma unroll
+      for (int s = 0; s < tile::kSlots; ++s) {
+#pragma unroll
+        for (int j = 0; j < tile::kThreadStates; ++j) {
+          smallest = fminf(smallest, fabsf(A[s][j]));
+          largest = fmaxf(largest, fabsf(A[s][j]));
+        }
+      }
+#pragma unroll
+      for (int i = 1; i < kWarp; i *= 2) {
+        smallest = fminf(smallest, shuffle_xor(smallest, i));
+        largest = fmaxf(largest, shuffle_xor(largest, i));
+      }
+      any = warp_all(smallest >= Quick::kSmallestA);
+      least = Quick::kSmallestX / smallest;
+      most = Quick::kLargestX / largest;
+    }
+  }
+  MAMBA_SSM_DEVICE bool allow(float delta) const {
+    return kAlways || delta == 0.0f || (fabsf(delta) >= least && fabsf(delta) <= most);
+  }
+};
 
 // ---- rows of tensors ---------------------------------------------------------------------------------------------
 
@@ -186,12 +215,6 @@ MAMBA_SSM_DEVICE void start_copy(const Stream& s, int channels, const Lane& lane
   }
 }
 
-// The pairs of channels that a lane handles when a chunk is worked on element by element: function(step, pair).
-template <class Function>
-MAMBA_SSM_DEVICE void for_each_pair(const Lane& lane, const Function& function) {
-#pragma unroll
-  for (int i = 0; i < tile::kSteps; i += 2) function(i + lane.half, lane.pair);
-}
 // A chunk's rows of B and C side by side, as they are in memory, and as floats.
 template <Dtype T>
 struct RawMatrices {

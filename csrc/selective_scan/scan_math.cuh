@@ -3,6 +3,7 @@
 
 #include "cuda_device.h"
 #include "discretization.h"
+#include "params.h"
 
 namespace mamba_ssm {
 

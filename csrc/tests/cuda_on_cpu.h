@@ -79,7 +79,6 @@ class Block {
     body_ = &body;
     while (fibers_.size() < threads) fibers_.emplace_back(new Fiber);
     threads_ = threads;
-    all_ = true;
     slots_.resize((threads + kWarp - 1) / kWarp);
     memory_.assign(shared_bytes + 2 * kGuard + 16, kUnwritten);
     shared_ = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(memory_.data()) + kGuard + 15) & ~15);
@@ -108,13 +107,6 @@ class Block {
     std::memcpy(slots[lane], value, size);
     wait(Wait::warp, site);
     return slots;
-  }
-
-  // Whether `value` holds in all threads; once per kernel.
-  bool all(bool value) {
-    all_ &= value;
-    wait(Wait::block, "block_all");
-    return all_;
   }
 
   void copy_async(std::function<void()> copy) {
@@ -199,7 +191,6 @@ class Block {
   std::vector<unsigned char> memory_;
   unsigned char* shared_ = nullptr;
   unsigned threads_ = 0, current_ = 0;
-  bool all_ = true;
   const char* failure_ = nullptr;
   jmp_buf scheduler_;
 };
