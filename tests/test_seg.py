@@ -1,6 +1,7 @@
 """Segmentation as it is used: the configurations, train, kill, resume, test, draw; and what is said of bad input."""
 
 import shlex
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 pytest.importorskip("mmseg", reason="scripts/install_mm.sh seg installs OpenMMLab's packages")
 
 from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
 from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
@@ -19,7 +21,8 @@ from mmseg.structures import SegDataSample
 from mmseg.utils import register_all_modules
 
 from mamba_ssm.ops.discretization_ref import METHODS
-from vim.openmmlab.runs import RunError, check_classes, check_data, load_config, training_parser
+from vim.checkpoint import CheckpointError
+from vim.openmmlab.runs import RunError, check_classes, check_data, check_weights, load_config, training_parser
 
 DIGITS = "seg/configs/upernet_vim_digits.py"
 SHAPES = ["model.backbone.out_indices=[0]", "model.backbone.last_layer_process=none", "model.decode_head.channels=8",
@@ -163,7 +166,8 @@ def test_a_resumed_run_goes_on_from_the_weights_of_the_stopped_one(run, options,
 def test_tests_a_checkpoint_and_draws_it(run, options, tmp_path):
     pictures = tmp_path / "pictures"
     arguments = [DIGITS, run / "iter_4.pth", "--work-dir", tmp_path / "log", "--show-dir", pictures]
-    assert "mIoU" in call("seg/test.py", *arguments, options=options)
+    output = call("seg/test.py", *arguments, options=options)
+    assert "mIoU" in output and "weights_only=False" not in output  # loads as a file that cannot run code
     assert len(list(pictures.rglob("*.png"))) == 2
 
 
@@ -202,6 +206,22 @@ def test_checkpoint_of_another_width_is_named(run, options, tmp_path):
     assert "does not fit this model" in output and "patch_embed.proj.bias (16,) instead of (32,)" in output
     output = call("seg/test.py", DIGITS, tmp_path / "no.pth", "--work-dir", tmp_path, options=options, status=2)
     assert "no checkpoint at" in output
+
+
+def test_what_a_checkpoint_may_hold(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    logged = HistoryBuffer()
+    logged.update(0.5)
+    hub = {"loss": logged, "numbers": [np.float32(1), np.float64(2), np.int64(3)], "array": np.ones(3)}
+    path = tmp_path / "iter_1.pth"
+    torch.save({"state_dict": model.state_dict(), "message_hub": hub}, path)
+    assert torch.equal(check_weights(model, path)["weight"], model.weight)
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(CheckpointError, match="truncated, corrupt or not a checkpoint"):
+        check_weights(model, path)
+    torch.save({"state_dict": model.state_dict(), "ratio": Fraction(1, 2)}, path)
+    with pytest.raises(CheckpointError, match=r"holds a fractions\.Fraction; only tensors and plain types"):
+        check_weights(model, path)
 
 
 def test_out_of_range_blocks_are_named(options, tmp_path):

@@ -7,19 +7,38 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner, find_latest_checkpoint
-from mmengine.runner.checkpoint import _load_checkpoint
 from mmengine.utils import import_modules_from_strings
 
-from vim.checkpoint import CheckpointError, require_fit
+from vim.checkpoint import CheckpointError, load_checkpoint, require_fit
 from vim.openmmlab import pictures
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    """getattr for the only thing that MMEngine's checkpoints take it for."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise pickle.UnpicklingError(f"a checkpoint asks for {name} of {owner}")
+    return getattr(owner, name)
+
+
+# What MMEngine's checkpoints hold beside tensors: logged values, numpy's arrays and numbers. OpenMMLab's own MMEngine
+# does not tell torch, which refuses them since 2.6; the onedl fork tells it, but not of float32 numbers.
+_core = np._core if hasattr(np, "_core") else np.core
+torch.serialization.add_safe_globals(
+    [HistoryBuffer, np.ndarray, np.dtype, _core.multiarray._reconstruct, _core.multiarray.scalar]
+    + [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
+    + [(_statistic, "builtins.getattr")]
+)
 
 
 class RunError(Exception):
@@ -262,12 +281,10 @@ def _class_counts(node: Any, path: str) -> Iterator[tuple[str, int]]:
 def check_weights(model: torch.nn.Module, source: str | Path) -> dict[str, torch.Tensor]:
     """The state dict of a runner's checkpoint, if it has every parameter of `model` in its shape.
 
-    Raises CheckpointError that names those that are missing or mis-shaped; MMEngine would only warn.
+    Raises CheckpointError that names those that are missing or mis-shaped, where MMEngine would only warn, and if the
+    file is missing, truncated, or holds what can run code, for which MMEngine would fall back to unsafe loading.
     """
-    source = str(source)
-    if "://" not in source and not Path(source).is_file():
-        raise CheckpointError(f"no checkpoint at '{source}'")
-    checkpoint = _load_checkpoint(source, map_location="cpu")
+    checkpoint = load_checkpoint(source)
     state = checkpoint.get("state_dict", checkpoint)
     state = {name: state[name] for name in model.state_dict() if name in state}
     try:
