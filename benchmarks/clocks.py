@@ -33,9 +33,13 @@ class GraphClock:
         for _ in range(2 * sets):  # what is compiled, chosen or allocated with the first calls cannot be captured
             call()
         prepared = self._capture(call, sets)
-        prepared.run()
-        longer = math.ceil(2e-3 / (self.seconds(prepared) * sets))
-        return prepared if longer == 1 else self._capture(call, sets * longer)
+        for _ in range(2):  # twice: most of a short graph's time is its start, and what follows from it too short
+            prepared.run()
+            longer = math.ceil(2e-3 / (self.seconds(prepared) * prepared.calls))
+            if longer == 1:
+                break
+            prepared = self._capture(call, prepared.calls * longer)
+        return prepared
 
     def _capture(self, call: Call, calls: int) -> Prepared:
         graph = torch.cuda.CUDAGraph()
