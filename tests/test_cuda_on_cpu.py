@@ -16,6 +16,7 @@ import pytest
 import test_causal_conv1d as conv
 import test_mixer
 import torch
+from gpu_accuracy import FLOOR, SIZES, floor_of, steps_of_all_sizes, steps_of_one_size
 from test_selective_scan_cpu import (
     DTYPES,
     activation,
@@ -39,9 +40,6 @@ OPERATORS = {
     "mamba_ssm": ("selective_scan_fwd", "selective_scan_bwd", "mixer_fwd", "mixer_bwd"),
     "causal_conv1d": ("conv_fwd", "conv_bwd", "conv_update"),
 }
-# The device's fast exponential has errors up to 2^-22, which the emulation reproduces: eight units in the last place.
-FLOOR = 1e-6
-HOLDS = ("foh", "poly", "highorder", "zoh_exact")
 
 pytestmark = [
     pytest.mark.needs_kernel,
@@ -114,11 +112,6 @@ def on_emulated_kernels(emulated_operators):
         yield
 
 
-def floor_of(dtype: torch.dtype, method: str) -> float:
-    """The holds of half types come from e^x − 1 as rounding leaves it, which shows in what is float32 beside them."""
-    return 1e-5 if dtype != torch.float32 and method in HOLDS else FLOOR
-
-
 def aligned(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same with B and C as the fast path wants them: states innermost, at even offsets."""
     for name in "BC":
@@ -144,19 +137,18 @@ def test_every_method(method, dtype):
     check(inputs, method, reverse=dtype != torch.bfloat16)
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_steps_of_every_size(method, dtype):
-    """Each form of a method is chosen by the sizes of A and Δ: chunks of tiny, of ordinary and of large steps, of all
-    of them together, and with steps of exactly 0, which leave the state as it is but have a gradient."""
-    inputs = aligned(make_inputs(batch=1, channels=40, length=40, states=16, dtype=dtype))
-    inputs["A"] = -0.5 - 4 * torch.rand(40, 16)
-    del inputs["delta_bias"]
-    largest = 1.0 if method.endswith("_taylor") or method == "rk4" else 3.0  # their coefficients grow as x^3 and x^4
-    sizes = torch.tensor([1e-5, 0.05, largest, 0.0]).repeat_interleave(8).tolist()
-    sizes += [1e-5, 0.0, largest, 1e-3, 1e-2, 0.1, 0.5, 1.0]
-    inputs["delta"] = (inputs["delta"].float().abs().clamp(0.5, 1) * torch.tensor(sizes)).to(dtype)
-    floor = max(3 * FLOOR, floor_of(dtype, method))  # of many small steps the errors add up
+def test_steps_of_one_size(method, dtype, size):
+    inputs, floor = steps_of_one_size(size, method, dtype)
+    check(aligned(inputs), method, reverse=dtype == torch.bfloat16, delta_softplus=False, floor=floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_of_all_sizes(method, dtype):
+    inputs, floor = aligned(steps_of_all_sizes(method, dtype)), max(3 * FLOOR, floor_of(dtype, method))
     check(inputs, method, delta_softplus=False, floor=floor)
     inputs["A"][:, 0] = -1e-3
     check(inputs, method, reverse=True, delta_softplus=False, floor=floor)
@@ -232,10 +224,9 @@ def test_optional_arguments():
 @pytest.mark.parametrize("layout", ["channel_last_slice", "contiguous", "strided", "reversed_dimensions", "expanded"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_layouts(layout, reverse):
+    equal_steps = 3 if layout == "expanded" else 1  # their errors are equal too, and add up
     for dtype, channels in ((torch.float32, 24), (torch.bfloat16, 21)):
-        floor = floor_of(dtype, "zoh_exact") * (
-            3 if layout == "expanded" else 1
-        )  # equal steps: equal errors, which add up
+        floor = floor_of(dtype, "zoh_exact") * equal_steps
         check(make_inputs(2, channels, 19, 4, dtype, layout=layout), "zoh_exact", reverse, floor=floor)
 
 

@@ -257,7 +257,7 @@ struct HoldSeries {
 //     ∂c/∂Δ = w1 + x (w1 + w2/A) + e2 (w1 + w2/A + w3/A²)
 //     ∂c/∂A = e2 (x (q1 + q2 + q3) − (q1 + 2 q2 + 3 q3)) + x² (q1 + q2 + 3/2 q3),    q_k = w_k / A^(k+1)
 // The derivatives are for |x| <= 4: far out, e2 is as large as x, and they are not.
-// Kernels use this where all their A, for derivatives all their x too, allow it, and `AnyA` elsewhere.
+// Kernels use this where all their A, and for derivatives all their x, allow it, and `AnyA` elsewhere.
 template <int W1, int W2, int W3>
 struct Hold : HoldSeries<W1, W2, W3> {
   using AnyA = HoldSeries<W1, W2, W3>;

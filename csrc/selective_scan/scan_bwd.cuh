@@ -8,8 +8,6 @@
 // tensor cores: a product with a matrix of ones and zeros. Nothing is added in an order that could change.
 #pragma once
 
-#include <type_traits>
-
 #include "scan_gpu.cuh"
 
 namespace mamba_ssm {
@@ -194,7 +192,7 @@ MAMBA_SSM_DEVICE bool stage_quietly(const ScanParams& p, const Lane& lane, int s
     if (!p.delta_softplus) delta = raw;
     if (step >= steps) delta = {0.0f, 0.0f};
     staged[i] = {delta.x, u.x, delta.y, u.y};
-    fits &= limits.allow(delta.x) & limits.allow(delta.y);
+    fits &= limits.allow(step < steps && 2 * lane.pair < memory.tile.channels, delta.x, delta.y);
   }
   keep_part(lane, part, memory.matrices);
 #pragma unroll
@@ -215,8 +213,10 @@ MAMBA_SSM_DEVICE bool stage_chunk(const ScanParams& p, const Lane& lane, int ste
   GradientPair staged[tile::kSteps / 2];
 #pragma unroll
   for (int i = 0; i < tile::kSteps / 2; ++i) {
-    staged[i] = stage_gradient_pair(p, 2 * i + lane.half, lane.pair, steps, bias, memory);
-    fits &= limits.allow(staged[i].first.x) & limits.allow(staged[i].second.x);
+    const int step = 2 * i + lane.half;
+    staged[i] = stage_gradient_pair(p, step, lane.pair, steps, bias, memory);
+    const bool exists = step < steps && 2 * lane.pair < memory.tile.channels;
+    fits &= limits.allow(exists, staged[i].first.x, staged[i].second.x);
   }
   keep_part(lane, part, memory.matrices);
 #pragma unroll
@@ -628,7 +628,7 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
   const ScanGradients& g = out.g;
   States A;
   load_states(scan, t, lane, p.A, 0, -1.0f, A);
-  const QuickLimits<Quick, General> limits(A);
+  const QuickLimits<Quick, General, true> limits(A);
   Adjoint<Quick> a;
   a.prepare(A);
   const bool earlier = t.segment < scan.segments - 1;
@@ -733,7 +733,7 @@ __global__ void __launch_bounds__(tile::kThreads, tile::kBackwardBlocks)
   }
   const int c = 2 * lane.pair;
   const float2 bias = {load_parameter(p.delta_bias, t, c), load_parameter(p.delta_bias, t, c + 1)};
-  const QuickLimits<Quick, Quick> limits(A);
+  const QuickLimits<Quick, Quick, true> limits(A);
   make_streams(scan, out, t, lane, memory);
   start_inputs(scan, lane, {t.end_chunk - 1, 0, true}, memory);
 #pragma unroll 1

@@ -6,10 +6,12 @@
 //     advance(h, Δ, input, B, k)         h after a step; `input` is Δu if kInputIsDelta, else u
 //     a_bar(Δ, k)                        Ā
 //     gradient(Δ, A)                     a TransitionGradient<float>, or, if kFactored, a Factors
-// and, if it does not serve all A and Δ, kSmallestA, kSmallestX and kLargestX: the |A| and |x| for which it does.
+// and, if it does not serve all A and Δ, kSmallestA and kSmallestX, and kLargestX for the gradient: the |A| and |x| for
+// which it does.
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "scan_math.cuh"
 
@@ -49,12 +51,13 @@ struct Plain {
   }
 };
 
-// The holds for results of half precision, from e^x − 1 as the difference loses it: its error, 2⁻²⁴, is to be small
-// beside |x|. With w_k in sixths, c = a (e^x − 1) − b Δ − d Δ², so that h' = e^x (h + a B u) − (a + b Δ + d Δ²) B u.
+// The holds for results of half precision, from e^x − 1 as the difference leaves it: the exponential's error, 2⁻²² at
+// most, becomes 2⁻²²/|x| of c, which kSmallestX bounds. With w_k in sixths, c = a (e^x − 1) − b Δ − d Δ², so that
+// h' = e^x (h + a B u) − (a + b Δ + d Δ²) B u.
 template <int W1, int W2, int W3>
 struct RoundedHold {
   static constexpr bool kInputIsDelta = false, kSlopeIsABar = true, kFactored = false;
-  static constexpr float kSmallestA = 0.5f, kSmallestX = 1.0f / 4096, kLargestX = 1e30f;
+  static constexpr float kSmallestA = 0.5f, kSmallestX = 1.0f / 2048;
   static constexpr float w1 = W1 / 6.0f, w2 = W2 / 6.0f, w3 = W3 / 6.0f;
   struct Coefficients {
     float rate, a, b, d;
@@ -76,13 +79,12 @@ struct RoundedHold {
   }
 };
 // The same where no more coefficients than A and 1/A fit into registers: p_k = Δ^k φ_k(x) one from the other, as
-// HoldSeries has them far from 0.
+// HoldSeries has them far from 0. ∂c/∂A loses 2⁻²¹/x²; where x is small it is little beside what A does through e^x.
 template <int W1, int W2, int W3>
 struct RoundedHoldGradient {
   static constexpr bool kInputIsDelta = false, kSlopeIsABar = true, kFactored = false;
   using Forward = RoundedHold<W1, W2, W3>;
-  static constexpr float kSmallestA = Forward::kSmallestA, kSmallestX = Forward::kSmallestX,
-                         kLargestX = Forward::kLargestX;
+  static constexpr float kSmallestA = Forward::kSmallestA, kSmallestX = Forward::kSmallestX, kLargestX = 3e38f;
   static constexpr float w1 = Forward::w1, w2 = Forward::w2, w3 = Forward::w3;
   struct Coefficients {
     float A, inverse;
@@ -128,10 +130,11 @@ struct RoundedHoldGradient {
   }
 };
 
-// The first-order hold for results of half precision: φ2 by four terms near 0, elsewhere (e^x − 1 − x) / A².
+// The first-order hold for results of half precision: φ2 by four terms near 0, elsewhere (e^x − 1 − x) / A². ∂c/∂A
+// loses 2⁻²⁴/|x|, hence the smallest x.
 struct RoundedFoh {
   static constexpr bool kInputIsDelta = false, kSlopeIsABar = true, kFactored = false;
-  static constexpr float kSmallestA = 0.5f, kSmallestX = 0.0f, kLargestX = 1e30f;
+  static constexpr float kSmallestA = 0.5f, kSmallestX = 1.0f / 2048, kLargestX = 3e38f;
   struct Coefficients {
     float rate, squared;  // A log2 e, 1/A²
   };

@@ -123,7 +123,7 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
   const ScanParams& p = scan.p;
   States A, h, decay;
   load_states(scan, t, lane, p.A, 0, -1.0f, A);
-  const QuickLimits<Quick, General> limits(A);
+  const QuickLimits<Quick, General, false> limits(A);
   typename Quick::Coefficients k[kSlots][kStates];
 #pragma unroll
   for (int s = 0; s < kSlots; ++s) {
@@ -158,7 +158,8 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
     const int steps = chunk < t.end_chunk ? chunk_steps(p, chunk) : 0;
     const StagedPair pair = stage_pair<Kind, Quick::kInputIsDelta>(p, memory.inputs[chunk % 2], step + lane.half,
                                                                    lane.pair, steps, parameters, total);
-    fits &= limits.allow(pair.first.x) & limits.allow(pair.second.x);
+    const bool exists = step + lane.half < steps && 2 * lane.pair < t.channels;
+    fits &= limits.allow(exists, pair.first.x, pair.second.x);
     return pair;
   };
   const auto keep = [&](int chunk, int first, const StagedPair(&staged)[kStaged / 2]) {

@@ -120,15 +120,14 @@ MAMBA_SSM_DEVICE float load_parameter(const float* parameter, const WarpTile& t,
 
 // ---- the forms of a method ---------------------------------------------------------------------------------------
 
-// When the quick form serves: `any` says whether the warp's A allow it at all, the rest between what sizes Δ must be. Δ
-// of 0 is a step that is not there, which every form leaves out.
-template <class Quick, class General>
+// When the quick form serves: `any` says whether the warp's A allow it at all, the rest between what sizes Δ must be.
+// Gradient: for its derivatives too.
+template <class Quick, class General, bool Gradient>
 struct QuickLimits {
   static constexpr bool kAlways = std::is_same_v<Quick, General>;
   bool any = true;
   float least = 0.0f, most = 0.0f;
 
-  // Of each slot's |A|, the warp's smallest and largest.
   MAMBA_SSM_DEVICE explicit QuickLimits(const States& A) {
     if constexpr (!kAlways) {
       float smallest = fabsf(A[0][0]), largest = smallest;
@@ -147,12 +146,17 @@ struct QuickLimits {
       }
       any = warp_all(smallest >= Quick::kSmallestA);
       least = Quick::kSmallestX / smallest;
-      most = Quick::kLargestX / largest;
+      most = 3e38f;
+      if constexpr (Gradient) most = Quick::kLargestX / largest;
     }
   }
-  MAMBA_SSM_DEVICE bool allow(float delta) const {
-    return kAlways || delta == 0.0f || (fabsf(delta) >= least && fabsf(delta) <= most);
+  // A pair of channels at a step, if there are such a step and such channels.
+  MAMBA_SSM_DEVICE bool allow(bool exists, float first, float second) const {
+    return kAlways || !exists || (is_allowed(first) && is_allowed(second));
   }
+
+ private:
+  MAMBA_SSM_DEVICE bool is_allowed(float delta) const { return fabsf(delta) >= least && fabsf(delta) <= most; }
 };
 
 // ---- rows of tensors ---------------------------------------------------------------------------------------------

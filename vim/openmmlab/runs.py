@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.utils import import_modules_from_strings
@@ -31,14 +31,16 @@ def _statistic(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-# What MMEngine's checkpoints hold beside tensors: logged values, numpy's arrays and numbers. OpenMMLab's own MMEngine
-# does not tell torch, which refuses them since 2.6; the onedl fork tells it, but not of float32 numbers.
+# What MMEngine's checkpoints hold beside tensors: logged values, numpy's arrays and numbers, under the names of numpy 1
+# and 2, and parts of configurations.
 _core = np._core if hasattr(np, "_core") else np.core
-torch.serialization.add_safe_globals(
-    [HistoryBuffer, np.ndarray, np.dtype, _core.multiarray._reconstruct, _core.multiarray.scalar]
-    + [type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"]
-    + [(_statistic, "builtins.getattr")]
-)
+_MMENGINE_TYPES = [
+    (_statistic, "builtins.getattr"),
+    *[(getattr(_core.multiarray, f), f"numpy.{core}.multiarray.{f}")
+      for core in ("core", "_core") for f in ("_reconstruct", "scalar")],
+    *[HistoryBuffer, ConfigDict, slice, np.ndarray, np.dtype],
+    *[type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"],
+]  # fmt: skip
 
 
 class RunError(Exception):
@@ -284,6 +286,9 @@ def check_weights(model: torch.nn.Module, source: str | Path) -> dict[str, torch
     Raises CheckpointError that names those that are missing or mis-shaped, where MMEngine would only warn, and if the
     file is missing, truncated, or holds what can run code, for which MMEngine would fall back to unsafe loading.
     """
+    # Added anew each time, and left for the runner, which will load the file again: OpenMMLab's MMEngine tells torch of
+    # nothing, and the fork forgets what it told together with what was there before.
+    torch.serialization.add_safe_globals(_MMENGINE_TYPES)
     checkpoint = load_checkpoint(source)
     state = checkpoint.get("state_dict", checkpoint)
     state = {name: state[name] for name in model.state_dict() if name in state}
