@@ -53,13 +53,15 @@ MAMBA_SSM_DEVICE void start_inputs(const GpuScan& scan, const WarpTile& t, const
                                    ForwardWarp<T>& memory) {
   ForwardInputs<T>& inputs = memory.inputs[chunk % 2];
   const int steps = chunk < t.end_chunk ? chunk_steps(scan.p, chunk) : 0;
-  const Stream u = memory.u, delta = memory.delta, z = memory.z, addend = memory.addend;
+  const Stream u = memory.u, delta = memory.delta, z = memory.z;
   const Stream matrix = memory.B_and_C[lane.index / 2 % 2];
   start_copy(u, t.channels, lane, chunk, steps, inputs.u);
   start_copy(delta, t.channels, lane, chunk, steps, inputs.delta);
   start_copy(scan, matrix, lane, chunk, steps, inputs.matrices);
   if constexpr (Kind == Output::gated) start_copy(z, t.channels, lane, chunk, steps, inputs.z);
-  if constexpr (Kind != Output::none) start_copy(addend, t.channels, lane, chunk, steps, inputs.addend);
+  if (Kind != Output::none && scan.p.addend.data != nullptr) {
+    start_copy(Stream(memory.addend), t.channels, lane, chunk, steps, inputs.addend);
+  }
 }
 
 // What belongs to a pair of channels.
@@ -146,6 +148,9 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
   float2 total = {0.0f, 0.0f};  // of Δ
 
   make_streams(scan, t, lane, memory);
+  if (kOutput && p.addend.data == nullptr) {  // zeros, once
+    for (ForwardInputs<T>& inputs : memory.inputs) start_copy(Stream(memory.addend), 0, lane, 0, 0, inputs.addend);
+  }
   start_inputs<Kind>(scan, t, lane, t.first_chunk, memory);
   wait_for_copies();
   __syncwarp();
@@ -181,8 +186,10 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
 
   const auto scan_chunk = [&]<class Form>(std::type_identity<Form>, const auto& coefficients, int chunk) {
     const int now = chunk % 2, next = 1 - now, steps = chunk_steps(p, chunk);
+    constexpr bool kEarly = limits.kAlways;  // else that takes registers which two forms need
     wait_for_copies();
     __syncwarp();
+    if constexpr (kEarly) start_inputs<Kind>(scan, t, lane, chunk + 2, memory);
     if (kOutput && p.checkpoints != nullptr && is_checkpoint(scan, chunk) && chunk >= p.first_checkpoint) {
       store_states(scan, t, lane, p.checkpoints, checkpoint_row(scan, t, chunk), h);
     }
@@ -217,7 +224,7 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
       keep(chunk + 1, first, staged);
       if (first == 0) {
         keep_part(lane, part, memory.matrices[next]);
-        start_inputs<Kind>(scan, t, lane, chunk + 2, memory);
+        if constexpr (!kEarly) start_inputs<Kind>(scan, t, lane, chunk + 2, memory);
       }
     }
   };

@@ -16,11 +16,21 @@ __global__ void __launch_bounds__(tile::kThreads)
   const std::int64_t size = p.channels * p.states, place = channel * p.states + scan.first_state + index % scan.states;
   float h = state == nullptr ? 0.0f : state[batch * size + place];
   const std::int64_t first = batch * scan.segments * size + place;
-#pragma unroll 8
-  for (int i = 1; i < scan.segments; ++i) {
-    const std::int64_t from = first + (backward ? scan.segments - i : i - 1) * size;
-    h = sums.decay[from] * h + sums.local[from];
-    segment_states[backward ? from - size : from + size] = h;
+  // Many segments' sums are read at one time: it is their latency that this takes.
+  constexpr int kRead = 16;
+  for (int begin = 1; begin < scan.segments; begin += kRead) {
+    float decay[kRead], local[kRead];
+    const auto from = [&](int i) { return first + (backward ? scan.segments - i : i - 1) * size; };
+#pragma unroll
+    for (int i = 0; i < kRead; ++i) {
+      if (begin + i < scan.segments) decay[i] = sums.decay[from(begin + i)], local[i] = sums.local[from(begin + i)];
+    }
+#pragma unroll
+    for (int i = 0; i < kRead; ++i) {
+      if (begin + i >= scan.segments) break;
+      h = decay[i] * h + local[i];
+      segment_states[from(begin + i) + (backward ? -size : size)] = h;
+    }
   }
 }
 

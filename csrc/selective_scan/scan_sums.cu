@@ -5,31 +5,44 @@
 namespace mamba_ssm {
 namespace {
 
-constexpr int kThreads = 128, kRow = 2 * tile::kStates;
+constexpr int kThreads = 128, kRow = 2 * tile::kStates, kQuads = kRow / 4;
 
-// Thread i of the launch: dB or dC of a state at a position, the states innermost.
+// Thread i of a row of blocks: four states of dB or dC at a position, the states innermost. Nothing is divided that has 64
+// bits: that would take longer than all the rest.
 __global__ void __launch_bounds__(kThreads) sum_tiles_kernel(MAMBA_SSM_CONSTANT_PARAMETER TileSums s) {
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const std::int64_t row = index / kRow, time = row % s.length, group = row / s.length % s.groups;
-  const std::int64_t batch = row / s.length / s.groups;
-  const int column = static_cast<int>(index % kRow), state = column % tile::kStates;
+  const std::int64_t time = index / kQuads;
+  const int column = static_cast<int>(index % kQuads) * 4, state = column % tile::kStates;
   const TileSums::Target& target = column < tile::kStates ? s.B : s.C;
-  if (batch >= s.batch || state >= s.states || target.data == nullptr) return;
+  if (time >= s.length || state >= s.states || target.data == nullptr) return;
+  const auto groups = static_cast<unsigned>(s.groups), all = static_cast<unsigned>(s.batch) * groups;
   const std::int64_t tile_size = s.length * kRow;
-  const float* part = s.partial + (batch * s.groups + group) * s.tiles * tile_size + time * kRow + column;
-  float sum = 0.0f;
+  for (unsigned i = blockIdx.y; i < all; i += gridDim.y) {
+    const unsigned batch = i / groups, group = i % groups;
+    const float* part = s.partial + i * s.tiles * tile_size + time * kRow + column;
+    float sum[4] = {};
 #pragma unroll 4
-  for (std::int64_t i = 0; i < s.tiles; ++i) sum += part[i * tile_size];
-  store_element(target.data, batch * target.batch + group * target.group + state * target.state + time * target.time,
-                target.dtype, sum);
+    for (std::int64_t j = 0; j < s.tiles; ++j) {
+      const float4 v = *reinterpret_cast<const float4*>(part + j * tile_size);
+      sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+    }
+    const std::int64_t first = batch * target.batch + group * target.group + time * target.time;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (state + k < s.states) {
+        store_element(target.data, first + (state + k) * target.state, target.dtype, sum[k]);
+      }
+    }
+  }
 }
 
 }  // namespace
 
 const char* launch_sum_tiles(const TileSums& sums, void* stream) {
-  const std::int64_t threads = sums.batch * sums.groups * sums.length * kRow;
-  return launch<TileSums>(sum_tiles_kernel, static_cast<unsigned>((threads + kThreads - 1) / kThreads), 1, kThreads, 0,
-                          stream, sums);
+  constexpr std::int64_t kMostRows = 65535;  // of blocks in a grid
+  const std::int64_t threads = sums.length * kQuads, rows = sums.batch * sums.groups;
+  return launch<TileSums>(sum_tiles_kernel, static_cast<unsigned>((threads + kThreads - 1) / kThreads),
+                          static_cast<unsigned>(rows < kMostRows ? rows : kMostRows), kThreads, 0, stream, sums);
 }
 
 }  // namespace mamba_ssm
