@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kThreads = 128, kRow = 2 * tile::kStates, kQuads = kRow / 4;
 
-// Thread i of a row of blocks: four states of dB or dC at a position, the states innermost. Nothing is divided that has 64
-// bits: that would take longer than all the rest.
+// Thread i of a row of blocks: four states of dB or dC at a position, the states innermost. Without divisions of 64
+// bits, which would take longer than all the rest.
 __global__ void __launch_bounds__(kThreads) sum_tiles_kernel(MAMBA_SSM_CONSTANT_PARAMETER TileSums s) {
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const std::int64_t time = index / kQuads;
