@@ -121,6 +121,12 @@ def aligned(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return inputs
 
 
+def at_offset(t: Tensor, offset: int) -> Tensor:
+    """The same, its memory beginning `offset` elements behind a multiple of 16 bytes."""
+    memory = torch.empty(t.numel() + offset, dtype=t.dtype)[offset:].view(t.shape).copy_(t)
+    return memory.requires_grad_(t.requires_grad)
+
+
 def check(inputs: dict[str, Tensor], method: str = "zoh", reverse: bool = False, **options) -> None:
     before = OnEmulatedKernels.calls
     compare(inputs, method, reverse, **{"floor": floor_of(inputs["u"].dtype, method), **options})
@@ -135,6 +141,23 @@ def test_every_method(method, dtype):
     check(inputs, method, reverse=dtype == torch.bfloat16)
     inputs["A"] = -0.5 - 16 * torch.rand(72, 16)
     check(inputs, method, reverse=dtype != torch.bfloat16)
+
+
+@pytest.mark.parametrize("length", [1, 21])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_alignment(offset, dtype, length):
+    """Tensors anywhere in memory; B and C of eight, and of sixteen bytes together. The emulation checks every copy."""
+    inputs = make_inputs(batch=1, channels=32, length=length, states=8, dtype=dtype)
+    for name in ("u", "delta", "z"):
+        inputs[name] = at_offset(inputs[name].transpose(1, 2), offset).transpose(1, 2)
+    for name in "BC":
+        rows = at_offset(inputs[name].transpose(1, 2).repeat(1, 1, 3), offset)
+        inputs[name] = rows[..., 8:16].transpose(1, 2)
+    for method in ("zoh", "rk4"):
+        check(inputs, method)
+    inputs["B"] = at_offset(inputs["B"].transpose(1, 2), offset).transpose(1, 2)
+    check(inputs, reverse=True)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -102,6 +102,9 @@ MAMBA_SSM_DEVICE void copy_async(void* shared, const void* global, bool valid) {
                  : "memory");
   }
 #else
+  // The device faults on such addresses even where nothing is read.
+  cuda_on_cpu::check(reinterpret_cast<std::uintptr_t>(shared) % Bytes == 0);
+  cuda_on_cpu::check(reinterpret_cast<std::uintptr_t>(global) % Bytes == 0);
   cuda_on_cpu::block.copy_async([=] { valid ? memcpy(shared, global, Bytes) : memset(shared, 0, Bytes); });
 #endif
 }

@@ -30,16 +30,22 @@ bool has_rows(const Tensor& t, i64 inner, i64 time, i64 bytes) {
   for (i64 i = 0; i < t.dim(); ++i) aligned &= i == inner || t.stride(i) * size % bytes == 0;
   return aligned;
 }
+// In memory of its own, which begins at a multiple of 16 bytes; what is contiguous need not.
+Tensor contiguous_copy(const Tensor& t) {
+  Tensor copy = new_tensor(t, sizes_of(t));
+  torch::stable::copy_(copy, t);
+  return copy;
+}
 // (batch, channels, length) with the channels side by side, copied if need be.
 Tensor channel_rows(const Tensor& t) {
   if (has_rows(t, 1, 2, 16)) return t;
-  return transposed(as_contiguous(transposed(t, 1, 2)), 1, 2);
+  return transposed(contiguous_copy(transposed(t, 1, 2)), 1, 2);
 }
 // (batch, [groups,] states, length) with the states side by side, copied if need be.
 Tensor state_rows(const Tensor& t) {
   const i64 state = t.dim() - 2, time = t.dim() - 1;
   if (has_rows(t, state, time, 8)) return t;
-  return transposed(as_contiguous(transposed(t, state, time)), state, time);
+  return transposed(contiguous_copy(transposed(t, state, time)), state, time);
 }
 // Whether the states of B and C lie in whole vectors of 16 bytes.
 bool has_wide_rows(const Tensor& B, const Tensor& C) {
