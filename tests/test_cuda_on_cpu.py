@@ -147,7 +147,7 @@ def test_every_method(method, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 def test_alignment(offset, dtype, length):
-    """Tensors anywhere in memory; B and C of eight, and of sixteen bytes together. The emulation checks every copy."""
+    """Tensors anywhere in memory, and strides of any size where there is one step: the emulation checks every copy."""
     inputs = make_inputs(batch=1, channels=32, length=length, states=8, dtype=dtype)
     for name in ("u", "delta", "z"):
         inputs[name] = at_offset(inputs[name].transpose(1, 2), offset).transpose(1, 2)

@@ -147,7 +147,7 @@ MAMBA_SSM_DEVICE void start_inputs(const GpuScan& scan, const Lane& lane, const 
   const Stream matrix = streams.B_and_C[lane.index / 2 % 2];
   start_copy(u, channels, lane, chunk, steps, memory.u);
   start_copy(delta, channels, lane, chunk, steps, memory.delta);
-  start_copy<true>(scan, matrix, lane, chunk, steps, memory.raw_matrices);
+  start_copy(scan, matrix, lane, chunk, steps, memory.raw_matrices);
   if (!item.returns) return;
   start_copy(dout, channels, lane, chunk, steps, memory.dout);
   start_copy(z, channels, lane, chunk, steps, memory.z);

@@ -47,15 +47,6 @@ Tensor state_rows(const Tensor& t) {
   if (has_rows(t, state, time, 8)) return t;
   return transposed(contiguous_copy(transposed(t, state, time)), state, time);
 }
-// Whether the states of B and C lie in whole vectors of 16 bytes.
-bool has_wide_rows(const Tensor& B, const Tensor& C) {
-  bool wide = true;
-  for (const Tensor* t : {&B, &C}) {
-    const i64 states = t->size(t->dim() - 2), size = element_size(kernel_dtype(*t, "tensor"));
-    wide &= states * size % 16 == 0 && has_rows(*t, t->dim() - 2, t->dim() - 1, 16);
-  }
-  return wide;
-}
 void to_channel_rows(OptionalTensor& t) {
   if (t.has_value()) t = channel_rows(*t);
 }
@@ -156,7 +147,6 @@ ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, Optional
   p.initial_state = float_data(initial_state);
   p.first_checkpoint = initial_state.has_value() ? 0 : 1;
   GpuScan scan = make_launch(p, fast, checkpoint_steps);
-  scan.wide_matrices = fast && has_wide_rows(B, C);
   Tensor out = new_activation(u, out_dtype);
   Tensor last_state = new_floats(u, {want_last_state ? p.batch : 0, p.channels, p.states});
   Tensor checkpoints = new_floats(u, {p.batch, scan.checkpoints, p.states, p.channels});
@@ -229,7 +219,6 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
   p = make_params(a);
   use_checkpoints(p, checkpoints, checkpoint_steps);
   GpuScan scan = make_launch(p, fast, checkpoint_steps);
-  scan.wide_matrices = fast && has_wide_rows(B, C);
 
   Scratch own_scratch(u);
   Scratch& scratch = targets == nullptr ? own_scratch : targets->scratch;

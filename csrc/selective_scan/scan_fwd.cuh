@@ -48,7 +48,7 @@ MAMBA_SSM_DEVICE void make_streams(const GpuScan& scan, const WarpTile& t, const
   __syncwarp();
 }
 
-template <Output Kind, bool Wide, Dtype T>
+template <Output Kind, Dtype T>
 MAMBA_SSM_DEVICE void start_inputs(const GpuScan& scan, const WarpTile& t, const Lane& lane, int chunk,
                                    ForwardWarp<T>& memory) {
   ForwardInputs<T>& inputs = memory.inputs[chunk % 2];
@@ -57,7 +57,7 @@ MAMBA_SSM_DEVICE void start_inputs(const GpuScan& scan, const WarpTile& t, const
   const Stream matrix = memory.B_and_C[lane.index / 2 % 2];
   start_copy(u, t.channels, lane, chunk, steps, inputs.u);
   start_copy(delta, t.channels, lane, chunk, steps, inputs.delta);
-  start_copy<Wide>(scan, matrix, lane, chunk, steps, inputs.matrices);
+  start_copy(scan, matrix, lane, chunk, steps, inputs.matrices);
   if constexpr (Kind == Output::gated) start_copy(z, t.channels, lane, chunk, steps, inputs.z);
   if (Kind != Output::none && scan.p.addend.data != nullptr) {
     start_copy(Stream(memory.addend), t.channels, lane, chunk, steps, inputs.addend);
@@ -122,7 +122,6 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
   using General = typename form::Forward<Method, T>::General;
   constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots, kSteps = tile::kSteps;
   constexpr bool kOutput = Kind != Output::none;
-  constexpr bool kWide = !Quick::kInputIsDelta;  // zoh's kernel was slower with it, the others' faster
   const ScanParams& p = scan.p;
   States A, h, decay;
   load_states(scan, t, lane, p.A, 0, -1.0f, A);
@@ -152,10 +151,10 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
   if (kOutput && p.addend.data == nullptr) {  // zeros, once
     for (ForwardInputs<T>& inputs : memory.inputs) start_copy(Stream(memory.addend), 0, lane, 0, 0, inputs.addend);
   }
-  start_inputs<Kind, kWide>(scan, t, lane, t.first_chunk, memory);
+  start_inputs<Kind>(scan, t, lane, t.first_chunk, memory);
   wait_for_copies();
   __syncwarp();
-  start_inputs<Kind, kWide>(scan, t, lane, t.first_chunk + 1, memory);
+  start_inputs<Kind>(scan, t, lane, t.first_chunk + 1, memory);
   // Steps of a chunk staged at one time: what is stored to shared memory parts the instructions before from those
   // behind.
   constexpr int kStaged = 4;
@@ -190,7 +189,7 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
     constexpr bool kEarly = limits.kAlways;  // else that takes registers which two forms need
     wait_for_copies();
     __syncwarp();
-    if constexpr (kEarly) start_inputs<Kind, kWide>(scan, t, lane, chunk + 2, memory);
+    if constexpr (kEarly) start_inputs<Kind>(scan, t, lane, chunk + 2, memory);
     if (kOutput && p.checkpoints != nullptr && is_checkpoint(scan, chunk) && chunk >= p.first_checkpoint) {
       store_states(scan, t, lane, p.checkpoints, checkpoint_row(scan, t, chunk), h);
     }
@@ -225,7 +224,7 @@ MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, co
       keep(chunk + 1, first, staged);
       if (first == 0) {
         keep_part(lane, part, memory.matrices[next]);
-        if constexpr (!kEarly) start_inputs<Kind, kWide>(scan, t, lane, chunk + 2, memory);
+        if constexpr (!kEarly) start_inputs<Kind>(scan, t, lane, chunk + 2, memory);
       }
     }
   };

@@ -231,21 +231,16 @@ struct MatrixPart {
   int step, place;
   MAMBA_SSM_DEVICE explicit MatrixPart(const Lane& lane) : step(lane.index / 4), place(lane.index % 4 * 8) {}
 };
-// Starts the copy of a chunk's B and C; zeros from `steps` on, and where there are no such states. s: the lane's. Wide:
-// by 16 bytes where that can be, else always by 8.
-template <bool Wide, Dtype T>
+// Starts the copy of a chunk's B and C; zeros from `steps` on, and where there are no such states. s: the lane's.
+template <Dtype T>
 MAMBA_SSM_DEVICE void start_copy(const GpuScan& scan, const Stream& s, const Lane& lane, int chunk, int steps,
                                  RawMatrices<T>& raw) {
   const MatrixPart part(lane);
   const int state = part.place % tile::kStates, bytes = part.step < steps ? (scan.states - state) * kSize<T> : 0;
   const char* source = s.row(chunk * tile::kSteps + part.step) + state * kSize<T>;
-  unsigned char* target = raw.bytes[part.step] + part.place * kSize<T>;
-  if (Wide && scan.wide_matrices) {
 #pragma unroll
-    for (int i = 0; i < 8 * kSize<T>; i += 16) copy_async<16>(target + i, source + i, i < bytes);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8 * kSize<T>; i += 8) copy_async<8>(target + i, source + i, i < bytes);
+  for (int i = 0; i < 8 * kSize<T>; i += 8) {
+    copy_async<8>(raw.bytes[part.step] + part.place * kSize<T> + i, source + i, i < bytes);
   }
 }
 // The lane's part of B and C as floats.

@@ -15,7 +15,6 @@ struct GpuScan {
   ScanParams p;
   int first_state, states;  // at most tile::kStates of them
   int tiles;                // of a block's channels, in a group
-  bool wide_matrices;       // B and C have their states in vectors of 16 bytes, not only of 8
   int checkpoint_shift;     // from one checkpoint to the next: 1 << that chunks
   int checkpoints;          // of a batch element
   // Each segment of `segment_chunks` chunks has blocks of its own. Of the segments but the first (backward: the last),

@@ -84,7 +84,10 @@ class Block {
     shared_ = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(memory_.data()) + kGuard + 15) & ~15);
     for (unsigned i = 0; i < threads; ++i) prepare(*fibers_[i]);
     failure_ = nullptr;
-    while (step()) release();
+    while (step()) {
+      if (failure_ != nullptr) throw std::runtime_error(failure_);
+      release();
+    }
     if (failure_ != nullptr) throw std::runtime_error(failure_);
     for (const unsigned char* p = memory_.data(); p != memory_.data() + memory_.size(); ++p) {
       const bool inside = p >= shared_ && p < shared_ + shared_bytes;
