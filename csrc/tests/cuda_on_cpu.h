@@ -84,11 +84,7 @@ class Block {
     shared_ = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(memory_.data()) + kGuard + 15) & ~15);
     for (unsigned i = 0; i < threads; ++i) prepare(*fibers_[i]);
     failure_ = nullptr;
-    while (step()) {
-      if (failure_ != nullptr) throw std::runtime_error(failure_);
-      release();
-    }
-    if (failure_ != nullptr) throw std::runtime_error(failure_);
+    while (step()) release();
     for (const unsigned char* p = memory_.data(); p != memory_.data() + memory_.size(); ++p) {
       const bool inside = p >= shared_ && p < shared_ + shared_bytes;
       if (!inside && *p != kUnwritten) throw std::runtime_error("a kernel wrote outside its shared memory");
@@ -153,6 +149,7 @@ class Block {
     for (unsigned i = 0; i < threads_; ++i) {
       current_ = reverse_order ? threads_ - 1 - i : i;
       if (fibers_[current_]->wait == Wait::nothing) resume();
+      if (failure_ != nullptr) throw std::runtime_error(failure_);
     }
     for (unsigned i = 0; i < threads_; ++i) any |= fibers_[i]->wait != Wait::finished;
     return any;
