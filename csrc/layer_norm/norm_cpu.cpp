@@ -5,36 +5,22 @@
 #include <vector>
 
 #include "cpu_isa.h"
-#include "norm.h"
-#include "stable_abi.h"
+#include "norm_arguments.h"
 
 namespace mamba_ssm {
 namespace {
 
 using i64 = std::int64_t;
-using OptionalTensor = std::optional<Tensor>;
-constexpr auto kFloat = torch::headeronly::ScalarType::Float;
+constexpr auto kFloat = ScalarType::Float;
 
 // Work below this many elements stays in one thread.
 constexpr i64 kSerialElements = 16384;
 
 const NormKernels& kernels() { return MAMBA_SSM_SELECT_ISA(norm_kernels); }
 
-Tensor with_adjacent_elements(const Tensor& tensor) {
-  return tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-NormRows input(const Tensor& tensor) { return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0)}; }
-NormRows output(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.stride(0)}; }
-
-void check_rows(const Tensor& tensor, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1), name,
-                  " must be (rows, dim) like x");
-}
-
 // A vector in fp32, whatever its dtype and stride.
 Tensor as_float(const Tensor& tensor, i64 size, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, " must have ", size, " elements");
+  check_vector(tensor, size, name);
   return torch::stable::contiguous(torch::stable::to(tensor, kFloat));
 }
 
@@ -49,17 +35,13 @@ NormProblem problem_of(const Tensor& x, const Tensor& weight, const OptionalTens
   p.weight = weight.const_data_ptr<float>();
   if (scale.has_value()) {
     p.scale = scale->const_data_ptr<float>();
-    p.rows_per_scale = p.rows / std::max<i64>(1, scale->size(0));
+    p.rows_per_scale = rows_per_scale(*scale, x);
   }
   return p;
 }
 
-OptionalTensor scale_of(const OptionalTensor& scale, const Tensor& x) {
-  if (!scale.has_value()) return std::nullopt;
-  const i64 count = scale->size(0);
-  STD_TORCH_CHECK(x.size(0) == 0 || (count > 0 && x.size(0) % count == 0), "scale has ", count,
-                  " elements, which does not divide the ", x.size(0), " rows of x");
-  return as_float(*scale, count, "scale");
+OptionalTensor scale_of(const OptionalTensor& scale) {
+  return scale.has_value() ? OptionalTensor(as_float(*scale, scale->size(0), "scale")) : std::nullopt;
 }
 
 i64 grain_of(const NormProblem& p) { return std::max<i64>(1, kSerialElements / (kNormBlock * p.dim)); }
@@ -72,10 +54,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_fwd(const Tensor& x_in, cons
                                                         bool residual_in_fp32, bool is_rms_norm, bool keep_sum) {
   const Tensor x = with_adjacent_elements(x_in);
   const Tensor weight = as_float(weight_in, x.size(1), "weight");
-  const OptionalTensor scale = scale_of(scale_in, x);
+  const OptionalTensor scale = scale_of(scale_in);
   OptionalTensor bias, residual;
   NormProblem p = problem_of(x, weight, scale, eps, is_rms_norm);
-  p.stream_dtype = residual_in_fp32 ? Dtype::f32 : p.dtype;
   if (bias_in.has_value()) {
     bias = as_float(*bias_in, p.dim, "bias");
     p.bias = bias->const_data_ptr<float>();
@@ -84,13 +65,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_fwd(const Tensor& x_in, cons
     check_rows(*residual_in, x, "residual");
     residual = with_adjacent_elements(*residual_in);
     p.residual = input(*residual);
-    p.stream_dtype = kernel_dtype(*residual, "residual");
   }
   p.x = input(x);
   Tensor y = torch::stable::new_empty(x, {p.rows, p.dim});
   p.y = output(y);
-  const auto stream = residual.has_value() ? residual->scalar_type() : residual_in_fp32 ? kFloat : x.scalar_type();
-  Tensor h = torch::stable::new_empty(x, {keep_sum ? p.rows : 0, p.dim}, stream);
+  Tensor h = torch::stable::new_empty(x, {keep_sum ? p.rows : 0, p.dim}, stream_dtype(x, residual, residual_in_fp32));
+  p.stream_dtype = kernel_dtype(h, "residual");
   if (keep_sum) p.h = output(h);
   Tensor mean = torch::stable::new_empty(x, {is_rms_norm ? 0 : p.rows}, kFloat);
   Tensor rstd = torch::stable::new_empty(x, {p.rows}, kFloat);
@@ -113,13 +93,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_bwd(const Tensor& dy_in, con
   const Tensor dy = with_adjacent_elements(dy_in), h = with_adjacent_elements(h_in);
   check_rows(h, dy, "h");
   const Tensor weight = as_float(weight_in, dy.size(1), "weight");
-  const OptionalTensor scale = scale_of(scale_in, dy);
+  const OptionalTensor scale = scale_of(scale_in);
   OptionalTensor dh;
   NormProblem p = problem_of(dy, weight, scale, 0.0, is_rms_norm);
   p.stream_dtype = kernel_dtype(h, "h");
   p.dy = input(dy);
   p.h = input(h);
-  STD_TORCH_CHECK(rstd.numel() == p.rows && (is_rms_norm || mean.numel() == p.rows), "one mean and rstd per row");
+  check_statistics(mean, rstd, p.rows, is_rms_norm);
   p.mean = const_cast<float*>(mean.const_data_ptr<float>());
   p.rstd = const_cast<float*>(rstd.const_data_ptr<float>());
   if (dh_in.has_value()) {
