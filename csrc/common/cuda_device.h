@@ -226,6 +226,22 @@ MAMBA_SSM_DEVICE void store_eight(void* data, const float (&values)[8]) {
   }
 }
 
+// A vector of 8 or 16 bytes, which the device takes only from where its size divides the address.
+template <class Vector>
+MAMBA_SSM_DEVICE Vector load_vector(const void* address) {
+#if !defined(__CUDACC__)
+  cuda_on_cpu::check(reinterpret_cast<std::uintptr_t>(address) % sizeof(Vector) == 0);
+#endif
+  return *static_cast<const Vector*>(address);
+}
+template <class Vector>
+MAMBA_SSM_DEVICE void store_vector(void* address, const Vector& vector) {
+#if !defined(__CUDACC__)
+  cuda_on_cpu::check(reinterpret_cast<std::uintptr_t>(address) % sizeof(Vector) == 0);
+#endif
+  *static_cast<Vector*>(address) = vector;
+}
+
 // Four neighbours as they are in memory, aligned to them all.
 template <Dtype T>
 using RawFour = std::conditional_t<T == Dtype::f32, float4, uint2>;

@@ -4,9 +4,6 @@ Interface: mamba_ssm 1.x, ``mamba_ssm.ops.triton.layernorm``.
 RMSNorm: Zhang & Sennrich, 2019; LayerNorm: Ba, Kiros & Hinton, 2016.
 """
 
-from functools import partial
-from importlib import import_module
-
 import torch
 from torch import Tensor, nn
 
@@ -124,7 +121,7 @@ def rms_norm_ref(
     return _same_dtype_ref(x, weight, bias, residual, eps, prenorm, upcast, is_rms_norm=True)
 
 
-# ---- the compiled operators; implementations in csrc/layer_norm (CPU) and layer_norm_kernels.py (CUDA) -------------
+# ---- the compiled operators; implementations in csrc/layer_norm -----------------------------------------------------
 # x, residual, y and h are (rows, dim). h is empty unless keep_sum, dresidual unless separate_dresidual.
 
 _library = torch.library.Library("mamba_ssm", "FRAGMENT")
@@ -136,22 +133,6 @@ for _schema in (
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def _run_triton(name: str, *arguments: Tensor | float | bool | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # Imported with the first call: only GPUs need Triton, and it takes its time to load.
-    try:
-        kernels = import_module("mamba_ssm.ops.triton.layer_norm_kernels")
-    except ImportError as error:
-        raise RuntimeError(
-            f"mamba_ssm::{name} on CUDA tensors needs the package triton, which torch for Linux brings along: install "
-            "it, or use the PyTorch reference with VIM_USE_CUDA_KERNEL=0"
-        ) from error
-    return getattr(kernels, name)(*arguments)
-
-
-for _name in ("add_norm_fwd", "add_norm_bwd"):
-    _library.impl(_name, partial(_run_triton, _name), "CUDA")
 
 
 @torch.library.register_fake("mamba_ssm::add_norm_fwd", lib=_library)
@@ -268,8 +249,8 @@ def layer_norm_fn(
         y in x's dtype, or ``(y, h)`` with prenorm; computed in float32, the norm from the unrounded h.
 
     Raises:
-        ValueError: a shape or device does not fit, or dim is above 32768 in the CUDA kernel. TypeError: a dtype does
-            not fit.
+        ValueError: a shape or device does not fit. TypeError: a dtype does not fit. RuntimeError: dim is above 32768 in
+            the CUDA kernel.
     """
     _check_arguments(x, weight, bias, residual, drop_path_scale)
     scale = None if drop_path_scale is None else drop_path_scale.detach()
