@@ -49,6 +49,29 @@ def test_the_scans_fast_path_keeps_to_its_registers(tmp_path):
     assert len(re.findall("Compiling entry function", log)) == len(kernels)
 
 
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
+def test_add_norm_keeps_to_its_registers(tmp_path):
+    """Where lanes of a warp share a row: no spills, with three blocks of 256 threads on a multiprocessor of 65,536
+    registers forward and one of 512 backward. Half types beside a float32 residual, and float32 alone."""
+    source = ROOT / "csrc" / "layer_norm" / "norm_kernels.cu"
+    command = [NVCC, "-std=c++20", "-O3", "-gencode=arch=compute_90,code=sm_90", "-cubin", "-Xptxas", "-v"]
+    command += [f"-I{ROOT / 'csrc' / 'common'}", "-o", str(tmp_path / "out.cubin"), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    log = result.stdout + result.stderr
+    assert result.returncode == 0, log
+    assert "warning" not in log
+    for kernel, most in (("forward", 80), ("backward", 128)):
+        reports = re.findall(
+            rf"Compiling entry function '\w*norm_{kernel}_kernel\w*Known\w*Li(?:16|32)E\w*'.*?Used \d+ registers",
+            log,
+            re.DOTALL,
+        )
+        assert len(reports) == 6
+        for report in reports:
+            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+            assert int(re.search(r"Used (\d+)", report)[1]) <= most, report
+
+
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """What a build reads, in a folder of its own."""

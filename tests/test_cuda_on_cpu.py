@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import test_causal_conv1d as conv
+import test_layer_norm as norm
 import test_mixer
 import torch
 from gpu_accuracy import FLOOR, SIZES, floor_of, steps_of_all_sizes, steps_of_one_size
@@ -37,7 +38,7 @@ from mamba_ssm.ops.selective_scan_ref import bidirectional_scan_ref
 ROOT = Path(__file__).resolve().parent.parent
 CXX = shlex.split(os.environ.get("CXX", "")) or [n for n in ("c++", "g++", "clang++") if shutil.which(n)][:1]
 OPERATORS = {
-    "mamba_ssm": ("selective_scan_fwd", "selective_scan_bwd", "mixer_fwd", "mixer_bwd"),
+    "mamba_ssm": ("selective_scan_fwd", "selective_scan_bwd", "mixer_fwd", "mixer_bwd", "add_norm_fwd", "add_norm_bwd"),
     "causal_conv1d": ("conv_fwd", "conv_bwd", "conv_update"),
 }
 
@@ -65,7 +66,7 @@ def emulated_library(tmp_path_factory) -> Path:
         subprocess.run([*CXX, *flags, optimization, "-x", "c++", "-c", source, "-o", target], check=True)
         return str(target)
 
-    folders = [ROOT / "csrc" / name for name in ("common", "selective_scan", "causal_conv1d", "mixer")]
+    folders = [ROOT / "csrc" / name for name in ("common", "selective_scan", "causal_conv1d", "layer_norm", "mixer")]
     sources = [p for folder in folders for pattern in ("*.cu", "*_cuda.cpp") for p in folder.glob(pattern)]
     sources.sort(key=lambda path: not path.name.startswith(("scan_fwd", "scan_bwd")))  # the longest first
     with ThreadPoolExecutor(2) as pool:
@@ -383,3 +384,93 @@ def test_convolution_update_refuses_rows_that_do_not_exist():
     x, weight, state = torch.randn(2, 6, 9), torch.randn(6, 4), torch.zeros(3, 6, 4)
     with pytest.raises(RuntimeError, match="a kernel's check failed"):
         causal_conv1d_update(x, state, weight, conv_state_indices=torch.tensor([0, 3]))
+
+
+# ---- residual add + norm -------------------------------------------------------------------------------------------
+
+
+def check_norm(*arguments, **options) -> None:
+    before = OnEmulatedKernels.calls
+    norm.compare(*arguments, **options)
+    assert OnEmulatedKernels.calls == before + 2  # forward and backward
+
+
+@pytest.mark.parametrize("is_rms_norm", [True, False])
+@pytest.mark.parametrize(
+    ("dim", "rows"),
+    # the emulated device takes up to 64 rows at once in the backward kernel
+    [(1, 66), (7, 5), (64, 0), (64, 1), (192, 131), (384, 67), (768, 37), (1000, 4), (1024, 5), (1025, 5), (2048, 9)],
+)
+def test_add_norm(dim, rows, is_rms_norm):
+    # the gradient of a row of one element is what rounding leaves of 0
+    streams = (None, torch.float32) if dim == 1 else (None, *DTYPES)
+    for number, (dtype, stream, parameter) in enumerate(itertools.product(DTYPES, streams, DTYPES)):
+        scale = torch.rand(rows).to(DTYPES[number // 4 % 3]) if number % 2 else None
+        bias = torch.randn(dim).to(parameter) if number // 2 % 2 else None
+        residual = None if stream is None else torch.randn(rows, dim).to(stream)
+        x, weight = torch.randn(rows, dim).to(dtype), torch.randn(dim).to(parameter)
+        check_norm(x, weight, bias, residual, scale, is_rms_norm)
+
+
+@pytest.mark.parametrize("dim", [5000, 6148, 32768])
+def test_add_norm_of_wide_rows(dim):
+    x, residual, weight = torch.randn(3, dim).bfloat16(), torch.randn(3, dim), torch.randn(dim)
+    check_norm(x, weight, torch.randn(dim), residual, torch.rand(3), is_rms_norm=False)
+    check_norm(x, weight, None, residual, None, is_rms_norm=True)
+
+
+def test_add_norm_of_rows_too_wide():
+    with pytest.raises(RuntimeError, match=r"x has 32769 columns.*1 to 32768.*use_cuda_kernel=False"):
+        norm.rms_norm_fn(torch.randn(1, 32769), torch.ones(32769), None)
+
+
+@pytest.mark.parametrize("is_rms_norm", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", ["x", "residual", "weight", "bias", "rows", "gradient"])
+def test_add_norm_anywhere_in_memory(place, dtype, is_rms_norm):
+    """The emulation checks the address of every vector."""
+    for dim, offset in itertools.product((8, 192, 776), (1, 2, 4)):
+        tensors = {"x": torch.randn(9, dim).to(dtype), "residual": torch.randn(9, dim)}
+        tensors |= {"weight": torch.randn(dim).to(dtype), "bias": torch.randn(dim)}
+        gradient_stride = None
+        if place == "rows":
+            tensors["x"] = torch.randn(9, dim + offset).to(dtype)[:, :dim]
+            tensors["residual"] = torch.randn(9, dim + offset)[:, offset:]
+        elif place == "gradient":
+            gradient_stride = dim + offset
+        else:
+            tensors[place] = at_offset(tensors[place], offset)
+        check_norm(**tensors, scale=None, is_rms_norm=is_rms_norm, gradient_stride=gradient_stride)
+
+
+@pytest.mark.parametrize("used", ["y", "h"])
+def test_add_norm_gradient_of_one_output_alone(used):
+    norm.test_gradient_of_one_output_alone(used, None)
+
+
+def test_add_norm_of_layouts_offsets_and_infinities():
+    norm.test_layouts(None)
+    norm.test_large_rows_and_offsets(None)
+    norm.test_nan_and_inf_stay_in_their_row(torch.nan, None)
+    for is_rms_norm in (True, False):
+        norm.test_without_prenorm_or_gradient(is_rms_norm, None)
+
+
+@pytest.mark.parametrize("dim", [33, 192, 384, 1536])
+def test_add_norm_without_races_and_every_element_written(dim, monkeypatch):
+    """See test_no_races_and_every_element_written."""
+    tensors = [torch.randn(70, dim).bfloat16(), torch.randn(dim), torch.randn(dim), torch.randn(70, dim)]
+    tensors = [t.requires_grad_() for t in tensors]
+    found = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for reverse_order in (False, True):
+            if reverse_order:
+                monkeypatch.setenv("CUDA_ON_CPU_REVERSE_ORDER", "1")
+            outputs = norm.layer_norm_fn(*tensors, prenorm=True, drop_path_scale=torch.arange(70.0))
+            found.append([*outputs, *torch.autograd.grad(sum(o.float().square().sum() for o in outputs), tensors)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for first, second in zip(*found, strict=True):
+        assert first.isfinite().all()
+        assert torch.equal(first, second)
