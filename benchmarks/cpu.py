@@ -354,7 +354,7 @@ VIM, DEIT, PRODUCTS = "vim_tiny", "deit_tiny_patch16_224", "vim_tiny, matrix pro
 
 
 class RecordLinear(TorchFunctionMode):
-    """Remembers the arguments of every F.linear, and of a mixer's x_proj: (shape and strides of x, weight, bias)."""
+    """Remembers the arguments of every F.linear, and of those in a mixer: (shape and strides of x, weight, bias)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -365,11 +365,12 @@ class RecordLinear(TorchFunctionMode):
             x, weight, bias = (*args, None)[:3]
             self.calls.append(((tuple(x.shape), x.stride()), weight, bias))
         if str(func).startswith("mamba_ssm.mixer_fwd"):
-            batch, channels, length = args[0].shape
+            batch, length, _ = args[0].shape
             names = [argument.name for argument in torch.ops.mamba_ssm.mixer_fwd.default._schema.arguments]
-            for name in ("x_proj_weight", "x_proj_weight_b"):
-                layout = (batch, length, channels), (length * channels, channels, 1)
-                self.calls.append((layout, args[names.index(name)], None))
+            for name in ("in_proj_weight", "x_proj_weight", "x_proj_weight_b", "out_proj_weight"):
+                weight = args[names.index(name)]
+                layout = (batch, length, weight.shape[1]), (length * weight.shape[1], weight.shape[1], 1)
+                self.calls.append((layout, weight, None))
         return func(*args, **(kwargs or {}))
 
 
@@ -409,7 +410,7 @@ def model(bench: Bench) -> Section:
     table = Table(
         f"model, {bench.method}, batch {batch}, fp32, {bench.threads} threads",
         ["", "ms", "images/s", "over DeiT-Ti", "middle half of rounds"],
-        note="Training step: forward, loss, backward. Matrix products: the F.linear calls of the forward.",
+        note="Training step: forward, loss, backward. Matrix products: those of the forward's linear layers.",
     )
     checks = []
     for size in sizes:
@@ -445,7 +446,7 @@ def model(bench: Bench) -> Section:
 # ---- breakdown -----------------------------------------------------------------------------------------------------
 
 GROUPS = {  # operator names begin with …
-    "mixers between their outer projections": ("mamba_ssm::mixer",),
+    "mixers": ("mamba_ssm::mixer",),
     "norm": ("mamba_ssm::", "aten::native_layer_norm", "aten::_fused_rms_norm"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
 }

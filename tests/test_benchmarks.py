@@ -124,7 +124,7 @@ def test_model(records):
 def test_breakdown_adds_up_and_finds_our_operators(records):
     for result in records["breakdown"]["figures"]["passes"].values():
         groups = result["groups_s"]
-        ours = ("mixers between their outer projections", "norm", "matrix products")
+        ours = ("mixers", "norm", "matrix products")
         assert all(groups[name] > 0 for name in ours)
         assert sum(groups.values()) == pytest.approx(result["seconds"], rel=0.05)
 

@@ -26,7 +26,6 @@ from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm import _backend
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import METHODS
-from mamba_ssm.ops.mamba_inner import mixer_scan
 from mamba_ssm.ops.selective_scan import bidirectional_scan_fn, selective_scan_fn
 from mamba_ssm.ops.selective_scan_ref import bidirectional_scan_ref
 
@@ -216,32 +215,15 @@ def test_convolution_updates_equal_the_whole_sequence(step, circular):
 # ---- the mixer, and how torch runs it ------------------------------------------------------------------------------
 
 
-def on_gpu(inputs):
-    xz, directions = inputs
-    return xz.cuda(), [type(d)(*(t if t is None else t.cuda() for t in d)) for d in directions]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_mixer(method, dtype):
     with torch.device("cpu"):
         inputs = mixer_tests.make_inputs(dtype)
-    xz, directions = on_gpu(inputs)
-    options = {"scale": 0.5, "discretization_method": method}
-
-    def run(double=False, **more):
-        tensors = [xz, *(t for d in directions for t in d)]
-        leaves = [(t.detach().double() if double else t.detach()).requires_grad_() for t in tensors]
-        count = len(directions[0])
-        made = [type(d)(*leaves[1 + i * count :][:count]) for i, d in enumerate(directions)]
-        out = mixer_scan(leaves[0], *made, **options, **more)
-        weight = torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(5)).to(dtype)
-        return {"out": out.detach(), **dict(enumerate(torch.autograd.grad(out, leaves, weight.to(out.dtype))))}
-
     # Matrix products of the GPU stand between, in other orders than the reference's, and in float32 Δ is made of three
     # products of tf32 parts, good to 2^-22, of which the truncated methods take the fifth power.
     floor = max(3 * mixer_tests.FLOOR, floor_of(dtype, method))
-    assert_as_accurate(run(), run(use_cuda_kernel=False), run(double=True), floor=floor)
+    mixer_tests.assert_right(inputs.map(Tensor.cuda), floor, scale=0.5, discretization_method=method)
 
 
 def make_mixer(length: int = 197, batch: int = 4, dtype: torch.dtype = torch.float32):

@@ -284,21 +284,12 @@ def test_bidirectional_scan(dtype):
 def test_mixer_with_the_projection_of_delta_inside(dtype, ways, monkeypatch):
     if ways == "fb":  # see test_no_races_and_every_element_written
         monkeypatch.setenv("CUDA_ON_CPU_REVERSE_ORDER", "1")
-    inputs = test_mixer.make_inputs(dtype)
-    options = {"scale": 0.5, "discretization_method": "zoh"}
-    kernel = test_mixer.results(*inputs, ways, **options)
-    reference = test_mixer.results(*inputs, ways, use_cuda_kernel=False, **options)
-    truth = test_mixer.results(*inputs, ways, double=True, **options)
-    assert_as_accurate(kernel, reference, truth, floor=FLOOR)
+    test_mixer.assert_right(test_mixer.make_inputs(dtype).only(ways), scale=0.5)
 
 
 @pytest.mark.parametrize(("width", "channels", "length"), [(2, 132, 9), (3, 4, 1), (3, 8, 130), (4, 12, 3)])
 def test_mixer_convolves_both_ways_at_once(width, channels, length):
-    inputs = test_mixer.make_inputs(channels=channels, length=length, width=width)
-    kernel = test_mixer.results(*inputs, "fb")
-    reference = test_mixer.results(*inputs, "fb", use_cuda_kernel=False)
-    truth = test_mixer.results(*inputs, "fb", double=True)
-    assert_as_accurate(kernel, reference, truth, floor=FLOOR)
+    test_mixer.assert_right(test_mixer.make_inputs(channels=channels, length=length, width=width))
 
 
 @pytest.mark.parametrize("channels", [21, 72])

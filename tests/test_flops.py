@@ -89,8 +89,7 @@ def test_real_tensors_and_fake_ones_count_alike(train):
 def test_gradient_checkpointing_counts_what_it_computes_again():
     model = timm.create_model("vim_tiny", img_size=32, depth=2)
     model.set_grad_checkpointing()
-    once = by_hand("zoh", 192, 2, 1, False, pixels=32) - by_hand("zoh", 192, 0, 1, False, pixels=32)
-    again = once - 2 * 2 * 5 * 384 * 192  # torch stops before a block's last product, out_proj: its inputs are there
+    again = by_hand("zoh", 192, 2, 1, False, pixels=32) - by_hand("zoh", 192, 0, 1, False, pixels=32)
     assert count_flops(model, torch.randn(1, 3, 32, 32), True) == by_hand("zoh", 192, 2, 1, True, pixels=32) + again
 
 

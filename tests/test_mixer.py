@@ -1,4 +1,6 @@
-"""`mixer_scan`, whose backward pass is written by hand, against a plain composition."""
+"""`mixer_fn`, whose backward pass is written by hand, against a plain composition."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -7,11 +9,38 @@ from torch import Tensor
 
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import METHODS
-from mamba_ssm.ops.mamba_inner import Direction, mixer_scan
+from mamba_ssm.ops.mamba_inner import Direction, Projection, mixer_fn
 
-# float32: eight units in the last place, as a gradient here passes two matrix products besides the scan.
+# float32: eight units in the last place, as a gradient here passes four matrix products besides the scan.
 FLOOR = 1e-6
-BATCH, CHANNELS, LENGTH, STATES, RANK = 2, 36, 41, 5, 3
+BATCH, CHANNELS, LENGTH, STATES, RANK, INPUTS, OUTPUTS = 2, 36, 41, 5, 3, 20, 28
+
+
+class Inputs(NamedTuple):
+    """What `mixer_fn` takes."""
+
+    hidden_states: Tensor
+    in_proj: Projection
+    out_proj: Projection
+    forward: Direction | None
+    backward: Direction | None
+
+    def map(self, function) -> "Inputs":
+        """function(t) in the place of every tensor t."""
+        hidden_states, *groups = self
+        changed = (g if g is None else type(g)(*(t if t is None else function(t) for t in g)) for g in groups)
+        return Inputs(function(hidden_states), *changed)
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"hidden_states": self.hidden_states}
+        for group, name in zip(self[1:], self._fields[1:], strict=True):
+            named |= {f"{name}.{field}": t for field, t in (group._asdict() if group else {}).items() if t is not None}
+        return named
+
+    def only(self, ways: str) -> "Inputs":
+        """Without the directions whose letter, f or b, is not among `ways`."""
+        absent = {name: None for name in ("forward", "backward") if name[0] not in ways}
+        return self._replace(**absent)
 
 
 def make_direction(
@@ -33,82 +62,81 @@ def make_direction(
 
 def make_inputs(
     dtype: torch.dtype = torch.float32,
-    layout: str = "channel_last",
+    layout: str = "contiguous",
     bias: bool = True,
     channels: int = CHANNELS,
     length: int = LENGTH,
     width: int = 4,
-):
+) -> Inputs:
+    """All of float32 but for hidden_states."""
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(4)
-    xz = torch.randn(BATCH, length, 2 * channels, generator=generator).to(dtype).transpose(1, 2)
-    if layout == "contiguous":
-        xz = xz.contiguous()
-    directions = [make_direction(generator, bias, channels, width) for _ in range(2)]
-    return xz, [d._replace(x_proj_weight=d.x_proj_weight.to(dtype)) for d in directions]
+
+    def projection(inputs: int, outputs: int) -> Projection:
+        weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+        return Projection(weight, torch.randn(outputs, generator=generator) * 0.5 if bias else None)
+
+    hidden_states = torch.randn(BATCH, length, INPUTS, generator=generator).to(dtype)
+    if layout == "time innermost":
+        hidden_states = hidden_states.mT.contiguous().mT
+    directions = (make_direction(generator, bias, channels, width) for _ in range(2))
+    return Inputs(hidden_states, projection(INPUTS, 2 * channels), projection(channels, OUTPUTS), *directions)
 
 
-def results(xz, directions, ways: str, *, double: bool = False, **options) -> dict[str, Tensor]:
+def results(inputs: Inputs, *, double: bool = False, **options) -> dict[str, Tensor]:
     """The output and the gradient of every tensor under a fixed linear loss."""
-
-    def leaf(t: Tensor | None) -> Tensor | None:
-        return None if t is None else (t.detach().double() if double else t.detach()).requires_grad_()
-
-    xz = leaf(xz)
-    directions = [Direction(*map(leaf, d)) for d in directions]
-    out = mixer_scan(xz, *(d if way in ways else None for d, way in zip(directions, "fb", strict=True)), **options)
-    used = [d for d, way in zip(directions, "fb", strict=True) if way in ways]
-    names = ["xz", *(f"{name} {i}" for i, d in enumerate(used) for name, t in d._asdict().items() if t is not None)]
-    leaves = [xz, *(t for d in used for t in d if t is not None)]
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
-    gradients = torch.autograd.grad(out, leaves, weight.to(xz.dtype).to(out.dtype))
-    for gradient, tensor in zip(gradients, leaves, strict=True):
+    dtype = inputs.hidden_states.dtype
+    inputs = inputs.map(lambda t: (t.detach().double() if double else t.detach()).requires_grad_())
+    out = mixer_fn(*inputs, **options)
+    named = inputs.tensors()
+    weight = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(5), device=out.device)
+    gradients = torch.autograd.grad(out, named.values(), weight.to(dtype).to(out.dtype))
+    for gradient, tensor in zip(gradients, named.values(), strict=True):
         assert gradient.shape == tensor.shape and gradient.dtype == tensor.dtype
-    return {"out": out.detach(), **dict(zip(names, gradients, strict=True))}
+    return {"out": out.detach(), **dict(zip(named, gradients, strict=True))}
+
+
+def assert_right(inputs: Inputs, floor: float = FLOOR, **options) -> None:
+    """The kernels' results are as near to float64's as the reference's."""
+    kernel, reference = results(inputs, **options), results(inputs, use_cuda_kernel=False, **options)
+    assert_as_accurate(kernel, reference, results(inputs, double=True, **options), floor=floor)
 
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_both_directions_and_every_gradient(method, dtype):
-    inputs = make_inputs(dtype)
-    options = {"scale": 0.5, "discretization_method": method}
-    kernel = results(*inputs, "fb", **options)
-    reference = results(*inputs, "fb", use_cuda_kernel=False, **options)
-    truth = results(*inputs, "fb", double=True, **options)
-    assert_as_accurate(kernel, reference, truth, floor=FLOOR)
+    assert_right(make_inputs(dtype), scale=0.5, discretization_method=method)
 
 
 @needs_kernel
 @pytest.mark.parametrize("ways", ["f", "b", "fb"])
-@pytest.mark.parametrize("layout", ["channel_last", "contiguous"])
+@pytest.mark.parametrize("layout", ["contiguous", "time innermost"])
 @pytest.mark.parametrize("bias", [True, False], ids=["", "no biases"])
 def test_single_directions_layouts_and_absent_tensors(ways, layout, bias):
-    inputs = make_inputs(layout=layout, bias=bias)
-    options = {"scale": 0.7}
-    kernel = results(*inputs, ways, **options)
-    reference = results(*inputs, ways, use_cuda_kernel=False, **options)
-    truth = results(*inputs, ways, double=True, **options)
-    assert_as_accurate(kernel, reference, truth, floor=FLOOR)
+    assert_right(make_inputs(layout=layout, bias=bias).only(ways), scale=0.7)
+
+
+@needs_kernel
+def test_one_channel():
+    assert_right(make_inputs(channels=1))
 
 
 @needs_kernel
 def test_no_gradient_no_checkpoints():
     """Inference keeps nothing; what it returns is what training returns."""
-    xz, directions = make_inputs()
+    inputs = make_inputs()
     with torch.no_grad():
-        plain = mixer_scan(xz, *directions)
-    trained = mixer_scan(xz.requires_grad_(), *directions)
+        plain = mixer_fn(*inputs)
+    trained = mixer_fn(*inputs.map(Tensor.requires_grad_))
     assert not plain.requires_grad and trained.requires_grad
     assert torch.equal(plain, trained)
 
 
 @needs_kernel
 def test_second_derivatives_are_refused():
-    xz, directions = make_inputs()
-    (gradient,) = torch.autograd.grad(
-        mixer_scan(xz.requires_grad_(), *directions).square().sum(), xz, create_graph=True
-    )
+    inputs = make_inputs().map(Tensor.requires_grad_)
+    (gradient,) = torch.autograd.grad(mixer_fn(*inputs).square().sum(), inputs.hidden_states, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -130,56 +158,71 @@ def test_second_derivatives_are_refused():
     ],
 )
 def test_wrong_parameters_are_named(change, message):
-    xz, (forward, backward) = make_inputs()
+    inputs = make_inputs()
     with pytest.raises(ValueError, match=message):
-        mixer_scan(xz, forward, backward._replace(**change))
+        mixer_fn(*inputs._replace(backward=inputs.backward._replace(**change)))
 
 
-@pytest.mark.parametrize("shape", [(2, 35, 41), (72, 41)])
-def test_shape_of_xz(shape):
-    _, directions = make_inputs()
-    with pytest.raises(ValueError, match=r"xz: got shape .*; expected \(B, 2D, L\)"):
-        mixer_scan(torch.zeros(shape), *directions)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_states": torch.zeros(72, 41)}, r"hidden_states: got shape \(72, 41\); expected \(B, L, E\)"),
+        ({"hidden_states": torch.zeros(2, 41, 19)}, r"in_proj.weight: got shape \(72, 20\); expected \(72, 19\)"),
+        ({"in_proj": Projection(torch.zeros(71, INPUTS), None)}, "in_proj.weight: got shape"),
+        ({"in_proj": Projection(torch.zeros(72, INPUTS), torch.zeros(36))}, "in_proj.bias: got shape"),
+        ({"out_proj": Projection(torch.zeros(OUTPUTS), None)}, "out_proj.weight: got shape"),
+        ({"out_proj": Projection(torch.zeros(OUTPUTS, CHANNELS), torch.zeros(1))}, "out_proj.bias: got shape"),
+        ({"forward": None, "backward": None}, "expected a Direction for at least one"),
+    ],
+)
+def test_wrong_inputs_and_projections_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        mixer_fn(*make_inputs()._replace(**change))
 
 
 @needs_kernel
 @pytest.mark.parametrize("ways", ["fb", "f", "b"])
-def test_operators_keep_their_promises(ways):
+@pytest.mark.parametrize("bias", [True, False], ids=["", "no biases"])
+def test_operators_keep_their_promises(bias, ways):
     """Schemas and fake implementations, against the real ones."""
-    xz, directions = make_inputs()
-    x, z = xz.chunk(2, dim=1)
-    parameters = [t if way in ways else None for d, way in zip(directions, "fb", strict=True) for t in d]
+    inputs = make_inputs(bias=bias).only(ways)
+    absent = (None,) * len(Direction._fields)
+    tensors = (inputs.hidden_states, *(t for group in inputs[1:] for t in (group or absent)))
     options = (0.5, True, "poly", 32)
-    torch.library.opcheck(torch.ops.mamba_ssm.mixer_fwd.default, (x, z, *parameters, *options))
-    out, *kept = torch.ops.mamba_ssm.mixer_fwd(x, z, *parameters, *options)
-    arguments = (torch.randn_like(out), x, z, *parameters, *kept, *options)
-    torch.library.opcheck(torch.ops.mamba_ssm.mixer_bwd.default, arguments)
+    torch.library.opcheck(torch.ops.mamba_ssm.mixer_fwd.default, (*tensors, *options))
+    out, *kept = torch.ops.mamba_ssm.mixer_fwd(*tensors, *options)
+    torch.library.opcheck(torch.ops.mamba_ssm.mixer_bwd.default, (torch.randn_like(out), *tensors, *kept, *options))
 
 
 @needs_kernel
-def test_parameters_in_half_precision():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_in_half_precision(dtype):
     """A module in bfloat16: its parameters are taken as they are, and so are their gradients."""
-    xz, directions = make_inputs(torch.bfloat16)
-    halves = [Direction(*(t.bfloat16() for t in d)) for d in directions]
-    kernel, reference = results(xz, halves, "fb"), results(xz, halves, "fb", use_cuda_kernel=False)
-    assert_as_accurate(kernel, reference, results(xz, halves, "fb", double=True), floor=FLOOR)
+    hidden_states = make_inputs(dtype).hidden_states
+    assert_right(make_inputs().map(Tensor.bfloat16)._replace(hidden_states=hidden_states))
+
+
+@needs_kernel
+def test_autocast_decides_the_dtype_of_activations():
+    inputs = make_inputs()
+    halved = results(inputs._replace(hidden_states=inputs.hidden_states.bfloat16()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for options in ({}, {"use_cuda_kernel": False}):
+            found = results(inputs, **options)
+            assert found["out"].dtype == torch.bfloat16
+            for name, value in found.items():
+                assert (value - halved[name]).norm() < 0.05 * halved[name].norm(), name
 
 
 @needs_kernel
 def test_backward_inside_of_autocast():
-    xz, directions = make_inputs()
-    leaves = [xz.requires_grad_(), *(t.requires_grad_() for d in directions for t in d)]
-    out = mixer_scan(xz, *directions)
+    inputs = make_inputs().map(Tensor.requires_grad_)
+    leaves = list(inputs.tensors().values())
+    out = mixer_fn(*inputs)
     expected = torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = torch.autograd.grad(out, leaves, torch.ones_like(out))
     torch.testing.assert_close(found, expected)
-
-
-def test_a_direction_is_needed():
-    xz, _ = make_inputs()
-    with pytest.raises(ValueError, match="expected a Direction for at least one"):
-        mixer_scan(xz, None, None)
 
 
 def test_the_reference_keeps_every_derivative(monkeypatch):
@@ -195,14 +238,14 @@ def test_the_reference_keeps_every_derivative(monkeypatch):
 
 @needs_kernel
 def test_one_graph():
-    xz, directions = make_inputs()
-    leaves = [xz.requires_grad_(), *(t.requires_grad_() for d in directions for t in d)]
+    inputs = make_inputs().map(Tensor.requires_grad_)
+    leaves = list(inputs.tensors().values())
 
-    def loss(xz, directions):
-        return mixer_scan(xz, *directions, discretization_method="foh").square().sum()
+    def loss(inputs):
+        return mixer_fn(*inputs, discretization_method="foh").square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found, expected = compiled(xz, directions), loss(xz, directions)
+    found, expected = compiled(inputs), loss(inputs)
     torch.testing.assert_close(found, expected)
     for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b)

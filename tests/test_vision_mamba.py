@@ -203,10 +203,10 @@ def test_use_cuda_kernel_reaches_every_op(monkeypatch):
 
         monkeypatch.setattr(module, name, spy)
 
-    spy_on(mamba_simple, "mixer_scan")
+    spy_on(mamba_simple, "mixer_fn")
     spy_on(models_mamba, "layer_norm_fn")
     build(use_cuda_kernel=False, depth=1)(images())
-    assert asked == [("layer_norm_fn", False), ("mixer_scan", False), ("layer_norm_fn", False)]
+    assert asked == [("layer_norm_fn", False), ("mixer_fn", False), ("layer_norm_fn", False)]
     with pytest.raises(RuntimeError, match="use_cuda_kernel=True"):
         build(use_cuda_kernel=True)(images())
 

@@ -17,6 +17,13 @@ using torch::headeronly::ScalarType;
 using OptionalTensor = std::optional<Tensor>;
 using Sizes = std::vector<std::int64_t>;
 
+inline Sizes contiguous_strides(const Sizes& sizes) {
+  Sizes strides(sizes.size());
+  std::int64_t stride = 1;
+  for (std::size_t i = sizes.size(); i-- > 0; stride *= std::max<std::int64_t>(sizes[i], 1)) strides[i] = stride;
+  return strides;
+}
+
 // Uninitialized and contiguous, on the device of `like`.
 inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
   std::int32_t device = 0, index = 0;
@@ -24,9 +31,7 @@ inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtyp
   // On the CPU the C interface does not fill new memory where torch is told to, as tests tell it.
   if (device == aoti_torch_device_type_cpu()) return torch::stable::new_empty(like, sizes, dtype);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  Sizes strides(sizes.size());
-  std::int64_t stride = 1;
-  for (std::size_t i = sizes.size(); i-- > 0; stride *= std::max<std::int64_t>(sizes[i], 1)) strides[i] = stride;
+  const Sizes strides = contiguous_strides(sizes);
   AtenTensorHandle handle = nullptr;
   const auto type = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
@@ -58,29 +63,33 @@ inline Tensor part_of(const Tensor& t, std::int64_t dimension, std::int64_t firs
 }
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// Float tensors that live no longer than this; small ones share the memory of one.
+// Tensors that live no longer than an operator's call; small ones share the memory of one, for each dtype.
 class Scratch {
  public:
   explicit Scratch(const Tensor& like) : like_(like) {}
 
-  Tensor floats(const Sizes& sizes) {
+  Tensor tensor(const Sizes& sizes, ScalarType dtype) {
     std::int64_t count = 1;
     for (std::int64_t n : sizes) count *= n;
-    if (count > kSmall) return new_floats(like_, sizes);
-    if (!pool_.has_value() || used_ + count > kPool) pool_ = new_floats(like_, {kPool}), used_ = 0;
-    Sizes strides(sizes.size());
-    std::int64_t stride = 1;
-    for (std::size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-    Tensor result = view_of(*pool_, sizes, strides, used_);
-    used_ += (count + kAlignment - 1) / kAlignment * kAlignment;
+    if (count > kSmall) return new_tensor(like_, sizes, dtype);
+    Pool& pool = dtype == ScalarType::Float ? floats_ : halves_;
+    if (!pool.memory.has_value() || pool.memory->scalar_type() != dtype || pool.used + count > kPool) {
+      pool = {new_tensor(like_, {kPool}, dtype), 0};
+    }
+    Tensor result = view_of(*pool.memory, sizes, contiguous_strides(sizes), pool.used);
+    pool.used += (count + kAlignment - 1) / kAlignment * kAlignment;
     return result;
   }
+  Tensor floats(const Sizes& sizes) { return tensor(sizes, ScalarType::Float); }
 
  private:
-  static constexpr std::int64_t kPool = 1 << 20, kSmall = kPool / 4, kAlignment = 64;
+  struct Pool {
+    OptionalTensor memory;
+    std::int64_t used = 0;
+  };
+  static constexpr std::int64_t kPool = 1 << 20, kSmall = kPool / 4, kAlignment = 128;
   Tensor like_;
-  OptionalTensor pool_;
-  std::int64_t used_ = 0;
+  Pool floats_, halves_;
 };
 
 }  // namespace mamba_ssm

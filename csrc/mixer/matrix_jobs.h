@@ -23,6 +23,6 @@ struct MatrixJob {
 constexpr int kMostMatrixJobs = 24;
 
 // At most kMostMatrixJobs. Starts on the given stream and returns null, or what went wrong.
-const char* launch_matrix_jobs(const MatrixJob* list, int jobs, void* stream);
+const char* launch_matrix_jobs(const MatrixJob* jobs, int count, void* stream);
 
 }  // namespace mamba_ssm

@@ -1,5 +1,5 @@
-// The operators mamba_ssm::mixer_fwd and _bwd of every device: what a mixer does between its two outer projections, in
-// one call. Schemas and what the arguments mean are in mamba_ssm/ops/mamba_inner.py.
+// The operators mamba_ssm::mixer_fwd and _bwd of every device: a whole mixer in one call. Schemas and what the
+// arguments mean are in mamba_ssm/ops/mamba_inner.py.
 #pragma once
 
 #include <array>
@@ -19,11 +19,32 @@ namespace mamba_ssm {
 // Products of matrices want their rows, and so the parts of a row, to begin at multiples of so many elements.
 extern const std::int64_t kColumnAlignment;
 
-// out = a b, or with `add` out += a b; out may be a part of a larger matrix.
-void multiply_matrices(const Tensor& out, const Tensor& a, const Tensor& b, bool add);
+// out = a b + addend, which may be out itself or one row for all; out may be a part of a larger matrix.
+void multiply_matrices(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& addend = {});
 void run_matrix_jobs(const std::vector<MatrixJob>& jobs, const Tensor& like);
 
-// ---- one direction of a mixer --------------------------------------------------------------------------------------
+// ---- a mixer's parameters ------------------------------------------------------------------------------------------
+
+constexpr int kOuterTensors = 4;
+
+// The first of all parameters: in_proj and out_proj.
+struct OuterProjections {
+  Tensor in_weight;  // (2 channels, inputs): gives x, then z
+  OptionalTensor in_bias;
+  Tensor out_weight;  // (outputs, channels)
+  OptionalTensor out_bias;
+  std::int64_t inputs, channels, outputs;
+
+  OuterProjections(Tensor in_weight, OptionalTensor in_bias, Tensor out_weight, OptionalTensor out_bias)
+      : in_weight(in_weight), in_bias(in_bias), out_weight(out_weight), out_bias(out_bias) {
+    STD_TORCH_CHECK(in_weight.dim() == 2 && out_weight.dim() == 2,
+                    "in_proj_weight must be (2 channels, inputs) and out_proj_weight (outputs, channels)");
+    inputs = in_weight.size(1), channels = out_weight.size(1), outputs = out_weight.size(0);
+    check_shape(in_weight, {2 * channels, inputs}, "in_proj_weight");
+    check_shape(in_bias, {2 * channels}, "in_proj_bias");
+    check_shape(out_bias, {outputs}, "out_proj_bias");
+  }
+};
 
 constexpr int kDirectionTensors = 7;
 
@@ -36,7 +57,7 @@ struct MixerDirection {
   Tensor A_log;  // (channels, states)
   OptionalTensor D;
   bool reverse;
-  int index;  // of the direction's first tensor among both directions'
+  int index;  // of the direction's first tensor among all parameters
   std::int64_t channels, rank, states;
   // A row of x_proj's output, and of its gradient: the inputs of Δ, B, C, each beginning at an aligned column.
   std::int64_t rank_columns, state_columns, columns;
@@ -78,7 +99,7 @@ inline std::vector<MixerDirection> mixer_directions(const std::array<OptionalTen
   std::vector<MixerDirection> directions;
   for (int i = 0; i < 2; ++i) {
     const int first = i * kDirectionTensors;
-    if (tensors[first].has_value()) directions.emplace_back(&tensors[first], i == 1, first);
+    if (tensors[first].has_value()) directions.emplace_back(&tensors[first], i == 1, kOuterTensors + first);
   }
   STD_TORCH_CHECK(!directions.empty(), "conv_weight: got None for both directions");
   return directions;
@@ -99,9 +120,9 @@ inline Tensor sequences_of(const Tensor& rows, const Tensor& like) {
   const std::int64_t length = like.size(2);
   return view_of(rows, {like.size(0), rows.size(1), length}, {length * rows.stride(0), rows.stride(1), rows.stride(0)});
 }
-inline Tensor multiply(const Tensor& a, const Tensor& b) {
+inline Tensor multiply(const Tensor& a, const Tensor& b, const OptionalTensor& addend = {}) {
   Tensor out = new_tensor(a, {a.size(0), b.size(1)});
-  multiply_matrices(out, a, b, false);
+  multiply_matrices(out, a, b, addend);
   return out;
 }
 inline Tensor transposed(const Tensor& t) { return transposed(t, 0, 1); }
@@ -141,7 +162,7 @@ inline std::array<Part, 3> parts_of(const MixerDirection& d) {
           Part{d.rank_columns + d.state_columns, d.states, d.rank + d.states}};
 }
 
-// What is made of a direction's parameters before use.
+// What is made of the parameters before use.
 struct PreparedDirection {
   Tensor A;           // (channels, states) float32: −exp(A_log)
   Tensor x_proj;      // (columns, channels) in the activations' dtype, zeros in the gaps
@@ -149,14 +170,31 @@ struct PreparedDirection {
   Tensor dt_float;    // (channels, rank) float32
   OptionalTensor dt_bias, D;
 };
-inline std::vector<PreparedDirection> prepare(const std::vector<MixerDirection>& directions, const Tensor& x,
-                                              bool backward) {
-  std::vector<PreparedDirection> prepared;
+struct PreparedMixer {
+  OuterProjections outer;  // in the activations' dtype
+  std::vector<PreparedDirection> directions;
+};
+inline PreparedMixer prepare(OuterProjections outer, const std::vector<MixerDirection>& directions,
+                             const Tensor& activations, bool backward) {
   std::vector<MatrixJob> jobs;
+  Scratch scratch(activations);
+  const auto tensor = [&](const Sizes& sizes) { return scratch.tensor(sizes, activations.scalar_type()); };
+  const auto convert = [&](Tensor& t) {
+    if (t.scalar_type() == activations.scalar_type()) return;
+    const Tensor converted = tensor(sizes_of(t));
+    jobs.push_back(copy_job(t, converted));
+    t = converted;
+  };
+  PreparedMixer prepared{outer, {}};
+  convert(prepared.outer.in_weight);
+  convert(prepared.outer.out_weight);
+  for (OptionalTensor* bias : {&prepared.outer.in_bias, &prepared.outer.out_bias}) {
+    if (bias->has_value() && !backward) convert(**bias);
+  }
   for (const MixerDirection& d : directions) {
-    PreparedDirection p{new_floats(x, {d.channels, d.states}),
-                        new_tensor(x, {d.columns, d.channels}),
-                        backward ? OptionalTensor(new_tensor(x, {d.channels, d.rank_columns})) : std::nullopt,
+    PreparedDirection p{scratch.floats({d.channels, d.states}),
+                        tensor({d.columns, d.channels}),
+                        backward ? OptionalTensor(tensor({d.channels, d.rank_columns})) : std::nullopt,
                         to_float(d.dt_weight),
                         to_float(d.dt_bias),
                         to_float(d.D)};
@@ -176,9 +214,9 @@ inline std::vector<PreparedDirection> prepare(const std::vector<MixerDirection>&
       jobs.push_back(copy_job(d.dt_weight, part_of(*p.dt, 1, 0, d.rank)));
       if (d.rank_columns > d.rank) jobs.push_back(zero_job(part_of(*p.dt, 1, d.rank, d.rank_columns - d.rank)));
     }
-    prepared.push_back(std::move(p));
+    prepared.directions.push_back(std::move(p));
   }
-  run_matrix_jobs(jobs, x);
+  run_matrix_jobs(jobs, activations);
   return prepared;
 }
 
@@ -218,21 +256,42 @@ inline FilterGradients return_through_convolutions(const std::vector<MixerDirect
 
 // ---- the operators -------------------------------------------------------------------------------------------------
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixer_forward(
-    Tensor x, Tensor z, OptionalTensor conv_weight, OptionalTensor conv_bias, OptionalTensor x_proj_weight,
-    OptionalTensor dt_weight, OptionalTensor dt_bias, OptionalTensor A_log, OptionalTensor D,
-    OptionalTensor conv_weight_b, OptionalTensor conv_bias_b, OptionalTensor x_proj_weight_b,
-    OptionalTensor dt_weight_b, OptionalTensor dt_bias_b, OptionalTensor A_b_log, OptionalTensor D_b, double scale,
-    bool delta_softplus, std::string method, std::int64_t checkpoint_steps) {
+// Half of in_proj's output or of its gradient, (batch, length, 2 channels), as (batch, channels, length).
+inline Tensor half_of(const Tensor& xz, int index) {
+  const std::int64_t length = xz.size(1), channels = xz.size(2) / 2;
+  return view_of(xz, {xz.size(0), channels, length}, {length * 2 * channels, 1, 2 * channels}, index * channels);
+}
+inline Tensor as_rows(const Tensor& t) {  // (batch, length, channels), contiguous, as (batch · length, channels)
+  return view_of(t, {t.size(0) * t.size(1), t.size(2)}, {t.size(2), 1});
+}
+
+using MixerResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline MixerResults mixer_forward(Tensor hidden_states, Tensor in_proj_weight, OptionalTensor in_proj_bias,
+                                  Tensor out_proj_weight, OptionalTensor out_proj_bias, OptionalTensor conv_weight,
+                                  OptionalTensor conv_bias, OptionalTensor x_proj_weight, OptionalTensor dt_weight,
+                                  OptionalTensor dt_bias, OptionalTensor A_log, OptionalTensor D,
+                                  OptionalTensor conv_weight_b, OptionalTensor conv_bias_b,
+                                  OptionalTensor x_proj_weight_b, OptionalTensor dt_weight_b, OptionalTensor dt_bias_b,
+                                  OptionalTensor A_b_log, OptionalTensor D_b, double scale, bool delta_softplus,
+                                  std::string method, std::int64_t checkpoint_steps) {
+  const OuterProjections outer(in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias);
   const auto directions =
       mixer_directions({conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, conv_weight_b, conv_bias_b,
                         x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b});
-  const auto prepared = prepare(directions, x, false);
+  STD_TORCH_CHECK(hidden_states.dim() == 3, "hidden_states must be (batch, length, inputs)");
+  const std::int64_t batch = hidden_states.size(0), length = hidden_states.size(1);
+  check_shape(hidden_states, {batch, length, outer.inputs}, "hidden_states");
+  const Tensor hidden = as_contiguous(hidden_states);
+  const PreparedMixer prepared = prepare(outer, directions, hidden, false);
+  const Tensor xz = new_tensor(hidden, {batch, length, 2 * outer.channels});
+  multiply_matrices(as_rows(xz), as_rows(hidden), transposed(prepared.outer.in_weight), prepared.outer.in_bias);
+  const Tensor x = half_of(xz, 0), z = half_of(xz, 1);
   OptionalTensor sum;
   std::array<OptionalTensor, 4> kept;
   for (std::size_t i = 0; i < directions.size(); ++i) {
     const MixerDirection& d = directions[i];
-    const PreparedDirection& p = prepared[i];
+    const PreparedDirection& p = prepared.directions[i];
     const bool last = i + 1 == directions.size();
     const Tensor u = convolve(d, x);
     const Tensor projected = multiply(rows_of(u), transposed(p.x_proj));
@@ -256,50 +315,75 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixer_forward(
     kept[d.reverse ? 2 : 0] = projected;
     kept[d.reverse ? 3 : 1] = checkpoints;
   }
+  const Tensor out = new_tensor(hidden, {batch, length, outer.outputs});
+  multiply_matrices(as_rows(out), rows_of(*sum), transposed(prepared.outer.out_weight), prepared.outer.out_bias);
   const auto result = [&](int i) { return kept[i].has_value() ? *kept[i] : new_tensor(x, {0}); };
-  return {*sum, result(0), result(1), result(2), result(3)};
+  return {out, xz, *sum, result(0), result(1), result(2), result(3)};
 }
 
 using MixerGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                  Tensor, Tensor, Tensor, Tensor, Tensor>;
+                                  Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-inline MixerGradients mixer_backward(Tensor dout, Tensor x, Tensor z, OptionalTensor conv_weight,
-                                     OptionalTensor conv_bias, OptionalTensor x_proj_weight, OptionalTensor dt_weight,
-                                     OptionalTensor dt_bias, OptionalTensor A_log, OptionalTensor D,
-                                     OptionalTensor conv_weight_b, OptionalTensor conv_bias_b,
+inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Tensor in_proj_weight,
+                                     OptionalTensor in_proj_bias, Tensor out_proj_weight, OptionalTensor out_proj_bias,
+                                     OptionalTensor conv_weight, OptionalTensor conv_bias, OptionalTensor x_proj_weight,
+                                     OptionalTensor dt_weight, OptionalTensor dt_bias, OptionalTensor A_log,
+                                     OptionalTensor D, OptionalTensor conv_weight_b, OptionalTensor conv_bias_b,
                                      OptionalTensor x_proj_weight_b, OptionalTensor dt_weight_b,
-                                     OptionalTensor dt_bias_b, OptionalTensor A_b_log, OptionalTensor D_b,
-                                     Tensor projected, Tensor checkpoints, Tensor projected_b, Tensor checkpoints_b,
-                                     double scale, bool delta_softplus, std::string method,
+                                     OptionalTensor dt_bias_b, OptionalTensor A_b_log, OptionalTensor D_b, Tensor xz,
+                                     Tensor y, Tensor projected, Tensor checkpoints, Tensor projected_b,
+                                     Tensor checkpoints_b, double scale, bool delta_softplus, std::string method,
                                      std::int64_t checkpoint_steps) {
-  const std::array<OptionalTensor, 2 * kDirectionTensors> parameters{
-      conv_weight,   conv_bias,   x_proj_weight,   dt_weight,   dt_bias,   A_log,   D,
-      conv_weight_b, conv_bias_b, x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b};
-  const auto directions = mixer_directions(parameters);
-  const auto prepared = prepare(directions, x, true);
+  const std::array<OptionalTensor, kOuterTensors + 2 * kDirectionTensors> parameters{
+      in_proj_weight, in_proj_bias,    out_proj_weight, out_proj_bias, conv_weight, conv_bias,
+      x_proj_weight,  dt_weight,       dt_bias,         A_log,         D,           conv_weight_b,
+      conv_bias_b,    x_proj_weight_b, dt_weight_b,     dt_bias_b,     A_b_log,     D_b};
+  const OuterProjections outer(in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias);
+  const auto directions =
+      mixer_directions({conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, conv_weight_b, conv_bias_b,
+                        x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b});
+  const Tensor hidden = as_contiguous(hidden_states), dout_rows = as_rows(as_contiguous(dout));
+  const PreparedMixer prepared = prepare(outer, directions, hidden, true);
   std::vector<Tensor> gradients;
   for (const OptionalTensor& t : parameters) {
-    gradients.push_back(t.has_value() ? new_tensor(*t, sizes_of(*t)) : new_tensor(x, {0}));
+    gradients.push_back(t.has_value() ? new_tensor(*t, sizes_of(*t)) : new_tensor(hidden, {0}));
   }
   std::vector<MatrixJob> jobs;
   std::vector<Tensor> alive;  // what the jobs read
-  Scratch scratch(x);
+  Scratch scratch(hidden);
   const auto finish = [&](int index, const Tensor& from) {
     Tensor to = gradients[index];
     if (to.dim() == 3) to = view_of(to, {to.size(0), to.size(2)}, {to.stride(0), 1});
     jobs.push_back(copy_job(from, to));
     alive.push_back(from);
   };
-  // (batch, 2 channels, length): dx, then dz, laid out in memory as x is
-  const std::int64_t batch = x.size(0), channels = x.size(1), length = x.size(2);
-  const Tensor dxz = x.stride(1) == 1 && channels > 1 ? transposed(new_tensor(x, {batch, length, 2 * channels}), 1, 2)
-                                                      : new_tensor(x, {batch, 2 * channels, length});
-  const Tensor dx = part_of(dxz, 1, 0, channels), dz_target = part_of(dxz, 1, channels, channels);
+  const auto finish_weight = [&](int index, const Tensor& doutputs, const Tensor& inputs) {
+    const Tensor& to = gradients[index];
+    if (to.scalar_type() == hidden.scalar_type()) {
+      multiply_matrices(to, transposed(doutputs), inputs);
+    } else {
+      finish(index, multiply(transposed(doutputs), inputs));
+    }
+  };
+  const auto finish_bias = [&](int index, const Tensor& doutputs) {
+    constexpr std::int64_t kRows = 0;
+    if (parameters[index].has_value()) {
+      finish(index, torch::stable::sum(doutputs, torch::headeronly::IntHeaderOnlyArrayRef(&kRows, 1), false,
+                                       ScalarType::Float));
+    }
+  };
+
+  finish_weight(2, dout_rows, rows_of(y));
+  finish_bias(3, dout_rows);
+  const Tensor x = half_of(xz, 0), z = half_of(xz, 1);
+  const Tensor dy = sequences_of(multiply(dout_rows, prepared.outer.out_weight), x);
+  const Tensor dxz = new_tensor(hidden, sizes_of(xz));
+  const Tensor dx = half_of(dxz, 0), dz_target = half_of(dxz, 1);
   std::vector<Tensor> dinputs;
   OptionalTensor dz;
   for (std::size_t i = 0; i < directions.size(); ++i) {
     const MixerDirection& d = directions[i];
-    const PreparedDirection& p = prepared[i];
+    const PreparedDirection& p = prepared.directions[i];
     const bool last = i + 1 == directions.size();
     const Tensor& kept = d.reverse ? projected_b : projected;
     const Tensor u = convolve(d, x);
@@ -314,15 +398,15 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor x, Tensor z, OptionalTe
     };
     const GradientTargets targets{as_group(dB), as_group(dC), dz_target, scratch};
     const auto [du, ddelta, dA, unused_dB, unused_dC, dD, dz_sum, ddt_bias, dinitial_state] = scan_backward(
-        arguments, dout, std::nullopt, dz, d.reverse ? checkpoints_b : checkpoints, !last, checkpoint_steps, &targets);
+        arguments, dy, std::nullopt, dz, d.reverse ? checkpoints_b : checkpoints, !last, checkpoint_steps, &targets);
     dz = dz_sum;
 
     const Tensor ddelta_rows = rows_of(ddelta), du_rows = rows_of(du);
     const auto dt_columns = [&](const Tensor& rows) { return part_of(rows, 1, 0, d.rank_columns); };
-    multiply_matrices(dt_columns(dprojected), ddelta_rows, *p.dt, false);
+    multiply_matrices(dt_columns(dprojected), ddelta_rows, *p.dt);
     const Tensor ddt_weight = multiply(transposed(dt_columns(kept)), ddelta_rows);  // (rank, channels): faster this way
     const Tensor dx_proj_weight = multiply(transposed(dprojected), rows_of(u));
-    multiply_matrices(du_rows, dprojected, p.x_proj, true);
+    multiply_matrices(du_rows, dprojected, p.x_proj, du_rows);
     dinputs.push_back(sequences_of(du_rows, u));
 
     for (const Part& part : parts_of(d)) {
@@ -341,9 +425,15 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor x, Tensor z, OptionalTe
     finish(directions[i].index, conv.dweight[i]);
     if (directions[i].conv_bias.has_value()) finish(directions[i].index + 1, conv.dbias[i]);
   }
-  run_matrix_jobs(jobs, x);
+  const Tensor dxz_rows = as_rows(dxz);
+  finish_weight(0, dxz_rows, as_rows(hidden));
+  finish_bias(1, dxz_rows);
+  const Tensor dhidden = new_tensor(hidden, sizes_of(hidden));
+  multiply_matrices(as_rows(dhidden), dxz_rows, prepared.outer.in_weight);
+  run_matrix_jobs(jobs, hidden);
   const auto& g = gradients;
-  return {dxz, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13]};
+  return {dhidden, g[0],  g[1],  g[2],  g[3],  g[4],  g[5],  g[6],  g[7], g[8],
+          g[9],    g[10], g[11], g[12], g[13], g[14], g[15], g[16], g[17]};
 }
 
 }  // namespace mamba_ssm

@@ -1,6 +1,7 @@
 // The mixer's operators for the CPU.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "mixer.h"
@@ -9,9 +10,9 @@ namespace mamba_ssm {
 
 const std::int64_t kColumnAlignment = 1;
 
-void multiply_matrices(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
-  if (add) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+void multiply_matrices(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& addend) {
+  if (addend.has_value()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), addend->get(), a.get(), b.get(), 1.0, 1.0));
   } else {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
   }
@@ -19,42 +20,39 @@ void multiply_matrices(const Tensor& out, const Tensor& a, const Tensor& b, bool
 
 namespace {
 
-float load(const void* data, std::int64_t index, Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f16:
-      return static_cast<const torch::headeronly::Half*>(data)[index];
-    case Dtype::bf16:
-      return static_cast<const torch::headeronly::BFloat16*>(data)[index];
-    default:
-      return static_cast<const float*>(data)[index];
+template <class From, class To>
+void run(const MatrixJob& job) {
+  for (std::int64_t row = 0; row < job.rows; ++row) {
+    const From* from = static_cast<const From*>(job.from) + row * job.from_row;
+    To* to = static_cast<To*>(job.to) + row * job.to_row;
+    const float* factor = job.factor == nullptr ? nullptr : job.factor + row * job.columns;
+    if (job.from == nullptr) {
+      std::fill_n(to, job.columns, static_cast<To>(0.0f));
+    } else if (factor == nullptr && !job.negative_exponential && job.from_column == 1) {
+      for (std::int64_t i = 0; i < job.columns; ++i) to[i] = static_cast<To>(static_cast<float>(from[i]));
+    } else {
+      for (std::int64_t i = 0; i < job.columns; ++i) {
+        float value = static_cast<float>(from[i * job.from_column]);
+        if (job.negative_exponential) value = -std::exp(value);
+        to[i] = static_cast<To>(factor == nullptr ? value : value * factor[i]);
+      }
+    }
   }
 }
-void store(void* data, std::int64_t index, Dtype dtype, float value) {
-  switch (dtype) {
-    case Dtype::f16:
-      static_cast<torch::headeronly::Half*>(data)[index] = value;
-      break;
-    case Dtype::bf16:
-      static_cast<torch::headeronly::BFloat16*>(data)[index] = value;
-      break;
-    default:
-      static_cast<float*>(data)[index] = value;
-  }
+
+template <class Run>
+void with_type(Dtype dtype, const Run& run) {
+  if (dtype == Dtype::f32) return run(float{});
+  if (dtype == Dtype::f16) return run(torch::headeronly::Half{});
+  run(torch::headeronly::BFloat16{});
 }
 
 }  // namespace
 
 void run_matrix_jobs(const std::vector<MatrixJob>& jobs, const Tensor&) {
   for (const MatrixJob& job : jobs) {
-    for (std::int64_t row = 0; row < job.rows; ++row) {
-      for (std::int64_t column = 0; column < job.columns; ++column) {
-        float value =
-            job.from == nullptr ? 0.0f : load(job.from, row * job.from_row + column * job.from_column, job.from_dtype);
-        if (job.negative_exponential) value = -std::exp(value);
-        if (job.factor != nullptr) value *= job.factor[row * job.columns + column];
-        store(job.to, row * job.to_row + column, job.to_dtype, value);
-      }
-    }
+    with_type(job.from_dtype,
+              [&](auto from) { with_type(job.to_dtype, [&](auto to) { run<decltype(from), decltype(to)>(job); }); });
   }
 }
 

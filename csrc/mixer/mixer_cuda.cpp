@@ -16,10 +16,10 @@ namespace mamba_ssm {
 
 const std::int64_t kColumnAlignment = 8;
 
-void multiply_matrices(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+void multiply_matrices(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& addend) {
   const DeviceOf device(out);
-  if (add) {
-    TORCH_ERROR_CODE_CHECK(MAMBA_SSM_SHIM(addmm_out)(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+  if (addend.has_value()) {
+    TORCH_ERROR_CODE_CHECK(MAMBA_SSM_SHIM(addmm_out)(out.get(), addend->get(), a.get(), b.get(), 1.0, 1.0));
   } else {
     TORCH_ERROR_CODE_CHECK(MAMBA_SSM_SHIM(mm_out)(out.get(), a.get(), b.get()));
   }

@@ -18,9 +18,10 @@ from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm.ops.discretization_ref import get_method
 from mamba_ssm.ops.mamba_inner import (
     Direction,
+    Projection,
     at_least_float32,
     gated_scan,
-    mixer_scan,
+    mixer_fn,
     scan_arguments,
     split_channels,
 )
@@ -155,22 +156,22 @@ class Mamba(nn.Module):
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, *cache)[0]
 
-        xz = self.in_proj(hidden_states).transpose(1, 2)
-        if cache is not None:
-            y = self._prefill(*split_channels(xz), cache)
-        elif self.bimamba_type == "v1":
-            y = self._scan_both_ways(*split_channels(xz), reverse)
-        else:
+        if cache is None and self.bimamba_type != "v1":
             along = self._direction()
             against = self._direction("_b") if self.bimamba_type == "v2" else None
-            y = mixer_scan(
-                xz,
+            out = mixer_fn(
+                hidden_states,
+                Projection(self.in_proj.weight, self.in_proj.bias),
+                Projection(self.out_proj.weight, self.out_proj.bias),
                 *((against, along) if reverse else (along, against)),
                 scale=0.5 if self.if_divide_out and against is not None else 1.0,
                 discretization_method=self.discretization_method,
                 use_cuda_kernel=self.use_cuda_kernel,
             )
-        return self._project_out(y.transpose(1, 2))
+            return self._scale(out)
+        x, z = split_channels(self.in_proj(hidden_states).transpose(1, 2))
+        y = self._scan_both_ways(x, z, reverse) if cache is None else self._prefill(x, z, cache)
+        return self._scale(self.out_proj(y.transpose(1, 2)))
 
     def _direction(self, suffix: str = "") -> Direction:
         """The parameters of the direction that reads as written, or with "_b" of the one against it."""
@@ -224,8 +225,7 @@ class Mamba(nn.Module):
             conv_fn=partial(causal_conv1d_fn, reverse=reverse, use_cuda_kernel=self.use_cuda_kernel),
         )
 
-    def _project_out(self, y: Tensor) -> Tensor:
-        out = self.out_proj(y)
+    def _scale(self, out: Tensor) -> Tensor:
         return out if self.gamma is None else out * self.gamma
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,7 +260,7 @@ class Mamba(nn.Module):
             dt_softplus=True,
             discretization_method=self.discretization_method,
         )
-        return self._project_out(y).unsqueeze(1), conv_state, ssm_state
+        return self._scale(self.out_proj(y)).unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None

@@ -5,9 +5,9 @@ bidirectional extension in Vim (Zhu et al., 2024), with `discretization_method` 
 them. Activations have the logical shape (B, D, L) with any strides; channel-last memory, i.e. a transposed view of
 (B, L, D), is the fast path and is never copied.
 
-`mixer_scan` is what a mixer runs between its two outer projections, in one operator and one autograd node: the
-convolution's output and Δ are made again in the backward pass instead of being kept, and gradients of one tensor are
-summed as they arise.
+`mixer_fn` is a whole mixer in one operator and one autograd node: the convolution's output and Δ are made again in the
+backward pass instead of being kept, gradients of one tensor are summed as they arise, and parameters are converted
+together.
 
 Shapes, for all `*_inner_*` functions: xz (B, 2D, L); conv1d_weight (D, 1, W); x_proj_weight (R [+ N] [+ N], D), whose
 rows give the R inputs of Δ, then B, then C, the last two unless they are passed; delta_proj_weight (D, R);
@@ -35,7 +35,6 @@ from mamba_ssm.ops.selective_scan import (
     bidirectional_scan_fn,
     checkpoint_count,
     checkpoint_steps,
-    empty_like_activation,
     selective_scan_backward_flops,
     selective_scan_flops,
     selective_scan_fn,
@@ -56,11 +55,20 @@ class Direction(NamedTuple):
     D: Tensor | None  # (D,)
 
 
+class Projection(NamedTuple):
+    """The parameters of a mixer's first or last linear layer."""
+
+    weight: Tensor  # (outputs, inputs)
+    bias: Tensor | None  # (outputs,)
+
+
 _NO_DIRECTION = (None,) * len(Direction._fields)
 
 
-def mixer_scan(
-    xz: Tensor,
+def mixer_fn(
+    hidden_states: Tensor,
+    in_proj: Projection,
+    out_proj: Projection,
     forward: Direction | None,
     backward: Direction | None,
     *,
@@ -69,37 +77,56 @@ def mixer_scan(
     discretization_method: str = "zoh",
     use_cuda_kernel: bool | None = None,
 ) -> Tensor:
-    """scale · (scan along time + scan against time) · silu(z), each from its own convolution and projections of x.
+    """out_proj(scale · (scan along time + scan against time) · silu(z)), where in_proj gives x, then z.
 
-    xz: x, then z, (B, 2D, L), float32, float16 or bfloat16 (float64: reference). forward, backward: the direction that
-    runs along and the one that runs against time, convolution included; one of them may be None. Their tensors may have
-    any of these dtypes; Δ's parameters, A and D are taken as float32, x_proj's weight is taken in xz's dtype.
-    Returns (B, D, L) in xz's dtype. Raises ValueError for a wrong argument, which it names.
+    Each scan has its own convolution and projections of x. forward, backward: the direction that runs along and the one
+    that runs against time, convolution included; one of them may be None.
+
+    hidden_states: (B, L, E), float32, float16 or bfloat16 (float64: reference). in_proj: E → 2D, out_proj: D → E'.
+    Under autocast activations are in its dtype, else in that of hidden_states. The parameters may have any of these
+    dtypes: Δ's, A and D are taken as float32, the outer projections' and x_proj's in the activations' dtype.
+    Returns (B, L, E') in the activations' dtype. Raises ValueError for a wrong argument, which it names.
     """
     get_method(discretization_method)  # unknown: ValueError that lists the known
-    _check_mixer(xz, forward, backward)
-    parameters = (*(forward or _NO_DIRECTION), *(backward or _NO_DIRECTION))
+    _check_mixer(hidden_states, in_proj, out_proj, forward, backward)
+    device_type = hidden_states.device.type
+    if hidden_states.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
+    parameters = (*in_proj, *out_proj, *(forward or _NO_DIRECTION), *(backward or _NO_DIRECTION))
     float64 = (t for t in parameters if t is not None and t.dtype == torch.float64)
-    if not use_kernel(next(float64, xz), use_cuda_kernel):
+    if not use_kernel(next(float64, hidden_states), use_cuda_kernel):
         options = {"delta_softplus": delta_softplus, "discretization_method": discretization_method}
-        return _mixer_scan_ref(*split_channels(xz), forward, backward, scale, options)
+        xz = _linear(hidden_states, in_proj).transpose(1, 2)
+        return _linear(_mixer_scan_ref(*split_channels(xz), forward, backward, scale, options).mT, out_proj)
     A_log = next(d for d in (forward, backward) if d is not None).A_log
-    steps = checkpoint_steps((xz, *parameters), A_log, lean_length=xz.shape[-1])
+    steps = checkpoint_steps((hidden_states, *parameters), A_log, lean_length=hidden_states.shape[1])
     options = (scale, delta_softplus, discretization_method, steps)
     if steps == 0:
-        return torch.ops.mamba_ssm.mixer_fwd(*xz.chunk(2, dim=1), *parameters, *options)[0]
-    return _MixerScan.apply(options, xz, *parameters)
+        return torch.ops.mamba_ssm.mixer_fwd(hidden_states, *parameters, *options)[0]
+    return _Mixer.apply(options, hidden_states, *parameters)
 
 
-def _check_mixer(xz: Tensor, forward: Direction | None, backward: Direction | None) -> None:
+def _check_mixer(
+    hidden_states: Tensor,
+    in_proj: Projection,
+    out_proj: Projection,
+    forward: Direction | None,
+    backward: Direction | None,
+) -> None:
     if forward is None and backward is None:
         raise ValueError("forward and backward: got None for both; expected a Direction for at least one")
-    if xz.dim() != 3 or xz.shape[1] % 2:
-        raise ValueError(f"xz: got shape {tuple(xz.shape)}; expected (B, 2D, L)")
+    if hidden_states.dim() != 3:
+        raise ValueError(f"hidden_states: got shape {tuple(hidden_states.shape)}; expected (B, L, E)")
+    if out_proj.weight.dim() != 2:
+        raise ValueError(f"out_proj.weight: got shape {tuple(out_proj.weight.shape)}; expected (E', D)")
+    inputs, (outputs, channels) = hidden_states.shape[2], out_proj.weight.shape
+    shapes = ((2 * channels, inputs), (2 * channels,), (outputs, channels), (outputs,))
+    names = ("in_proj.weight", "in_proj.bias", "out_proj.weight", "out_proj.bias")
+    checked = [*zip(names, (*in_proj, *out_proj), shapes, strict=True)]
     for name, direction in (("forward", forward), ("backward", backward)):
         if direction is None:
             continue
-        channels, rank, states = xz.shape[1] // 2, direction.dt_weight.shape[-1], direction.A_log.shape[-1]
+        rank, states = direction.dt_weight.shape[-1], direction.A_log.shape[-1]
         if not 1 <= states <= MAX_STATES:
             raise ValueError(f"{name}.A_log: got {states} states; expected 1 to {MAX_STATES}")
         width = direction.conv_weight.shape[-1]
@@ -108,11 +135,19 @@ def _check_mixer(xz: Tensor, forward: Direction | None, backward: Direction | No
         vector = (channels,)
         shapes = ((channels, 1, width), vector, (rank + 2 * states, channels), (channels, rank), vector,
                   (channels, states), vector)  # fmt: skip
-        for field, tensor, shape in zip(Direction._fields, direction, shapes, strict=True):
-            if tensor is not None and tensor.shape != shape:
-                raise ValueError(f"{name}.{field}: got shape {tuple(tensor.shape)}; expected {shape}")
-            if tensor is not None and tensor.device != xz.device:
-                raise ValueError(f"{name}.{field}: got a tensor on {tensor.device}; expected {xz.device}, where xz is")
+        checked += zip((f"{name}.{field}" for field in Direction._fields), direction, shapes, strict=True)
+    device = hidden_states.device
+    for name, tensor, shape in checked:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; expected {shape}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}; expected {device}, where hidden_states is")
+
+
+def _linear(x: Tensor, projection: Projection) -> Tensor:
+    return F.linear(x, *(None if t is None else t.to(x.dtype) for t in projection))
 
 
 def at_least_float32(parameter: Tensor) -> Tensor:
@@ -123,7 +158,7 @@ def at_least_float32(parameter: Tensor) -> Tensor:
 def _mixer_scan_ref(
     x: Tensor, z: Tensor, forward: Direction | None, backward: Direction | None, scale: float, options: dict
 ) -> Tensor:
-    """`mixer_scan` composed of the PyTorch references: its specification."""
+    """What `mixer_fn` does between its outer projections, composed of the PyTorch references: its specification."""
 
     def arguments(direction: Direction, reverse: bool) -> ScanArgs:
         return direction_arguments(x, direction, conv_fn=partial(causal_conv1d_ref, reverse=reverse))
@@ -135,58 +170,69 @@ def _mixer_scan_ref(
     return scale * gated_scan(args, z, scan_fn=selective_scan_ref, reverse=reverse, **options)
 
 
-# ---- the operators behind mixer_scan --------------------------------------------------------------------------------
+# ---- the operators behind mixer_fn ----------------------------------------------------------------------------------
 
 _DIRECTION = (
     "Tensor? conv_weight{0}, Tensor? conv_bias{0}, Tensor? x_proj_weight{0}, Tensor? dt_weight{0}, Tensor? dt_bias{0}, "
     "Tensor? A{0}_log, Tensor? D{0}"
 )
-_TENSORS = f"Tensor x, Tensor z, {_DIRECTION.format('')}, {_DIRECTION.format('_b')}"
+_TENSORS = (
+    "Tensor hidden_states, Tensor in_proj_weight, Tensor? in_proj_bias, Tensor out_proj_weight, "
+    f"Tensor? out_proj_bias, {_DIRECTION.format('')}, {_DIRECTION.format('_b')}"
+)
 _OPTIONS = "float scale, bool delta_softplus, str discretization_method, int checkpoint_steps"
-# The tensors of a direction that there is not are None. For the backward pass, of each direction: x_proj's output,
-# (B·L, columns), whose parts begin at aligned columns, and the scan's checkpoints.
+# The tensors of a direction that there is not are None. For the backward pass: in_proj's output, (B, L, 2D), what
+# out_proj reads, (B, D, L), and of each direction x_proj's output, (B·L, columns), whose parts begin at aligned
+# columns, and the scan's checkpoints.
 torch.library.define(
     "mamba_ssm::mixer_fwd",
-    f"({_TENSORS}, {_OPTIONS}) "
-    "-> (Tensor out, Tensor projected, Tensor checkpoints, Tensor projected_b, Tensor checkpoints_b)",
+    f"({_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor xz, Tensor y, "
+    "Tensor projected, Tensor checkpoints, Tensor projected_b, Tensor checkpoints_b)",
 )
-# The gradient of x and z together, (B, 2D, L), and those of the parameters; of absent ones they are empty.
+# The gradients of hidden_states and of the parameters; of absent ones they are empty.
 torch.library.define(
     "mamba_ssm::mixer_bwd",
-    f"(Tensor dout, {_TENSORS}, Tensor projected, Tensor checkpoints, Tensor projected_b, Tensor checkpoints_b, "
-    f"{_OPTIONS}) -> ({', '.join(['Tensor'] * 15)})",
+    f"(Tensor dout, {_TENSORS}, Tensor xz, Tensor y, Tensor projected, Tensor checkpoints, Tensor projected_b, "
+    f"Tensor checkpoints_b, {_OPTIONS}) -> ({', '.join(['Tensor'] * 19)})",
 )
+_PARAMETERS = 2 * len(Projection._fields) + 2 * len(Direction._fields)
 
 
 @torch.library.register_fake("mamba_ssm::mixer_fwd")
-def _(x, z, *rest):
+def _(hidden_states, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, *rest):
     *parameters, _scale, _delta_softplus, _method, steps = rest
-    batch, channels, length = x.shape
+    batch, length, _ = hidden_states.shape
+    outputs, channels = out_proj_weight.shape
     kept = []
     for direction in _directions(parameters):
         if direction.conv_weight is None:
-            kept += [x.new_empty(0), x.new_empty(0)]
+            kept += [hidden_states.new_empty(0), hidden_states.new_empty(0)]
             continue
         rank, states = direction.dt_weight.shape[1], direction.A_log.shape[1]
-        columns = _aligned(rank, x) + 2 * _aligned(states, x)
+        columns = _aligned(rank, hidden_states) + 2 * _aligned(states, hidden_states)
         checkpoints = checkpoint_count(length, steps, from_zeros=True)
         kept += [
-            x.new_empty(batch * length, columns),
-            x.new_empty(batch, checkpoints, states, channels, dtype=torch.float32),
+            hidden_states.new_empty(batch * length, columns),
+            hidden_states.new_empty(batch, checkpoints, states, channels, dtype=torch.float32),
         ]
-    return empty_like_activation(x, x.dtype), *kept
+    y = hidden_states.new_empty(batch, length, channels).transpose(1, 2)
+    return (
+        hidden_states.new_empty(batch, length, outputs),
+        hidden_states.new_empty(batch, length, 2 * channels),
+        y if channels > 1 else y.contiguous(),
+        *kept,
+    )
 
 
 @torch.library.register_fake("mamba_ssm::mixer_bwd")
-def _(dout, x, z, *rest):
-    parameters = rest[: 2 * len(Direction._fields)]
-    gradients = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in parameters)
-    return empty_like_activation(x, x.dtype, 2 * x.shape[1]), *gradients
+def _(dout, hidden_states, *rest):
+    gradients = (hidden_states.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest[:_PARAMETERS])
+    return hidden_states.new_empty(hidden_states.shape), *gradients
 
 
-def _aligned(columns: int, x: Tensor) -> int:
+def _aligned(columns: int, hidden_states: Tensor) -> int:
     """As kColumnAlignment in csrc/mixer has it: a GPU's matrix products want aligned rows."""
-    alignment = 8 if x.device.type == "cuda" else 1
+    alignment = 8 if hidden_states.device.type == "cuda" else 1
     return -(-columns // alignment) * alignment
 
 
@@ -195,65 +241,73 @@ def _directions(parameters: Sequence[Tensor | None]) -> list[Direction]:
     return [Direction(*parameters[i : i + count]) for i in range(0, len(parameters), count)]
 
 
-class _MixerScan(torch.autograd.Function):
-    """`mixer_scan` on kernels. Kept for the backward pass besides xz and the parameters: x_proj's output, and the
-    scans' states every few steps. The convolution's output and Δ are made again."""
+class _Mixer(torch.autograd.Function):
+    """`mixer_fn` on kernels. Kept for the backward pass besides the inputs and the parameters: what in_proj and x_proj
+    give, what out_proj reads, and the scans' states every few steps. The convolution's output and Δ are made again."""
 
     @staticmethod
-    def forward(ctx, options, xz, *parameters):
-        out, *kept = torch.ops.mamba_ssm.mixer_fwd(*xz.chunk(2, dim=1), *parameters, *options)
-        ctx.save_for_backward(xz, *parameters, *kept)
+    def forward(ctx, options, *tensors):
+        out, *kept = torch.ops.mamba_ssm.mixer_fwd(*tensors, *options)
+        ctx.save_for_backward(*tensors, *kept)
         ctx.options = options
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        xz, *tensors = ctx.saved_tensors
-        dxz, *gradients = torch.ops.mamba_ssm.mixer_bwd(dout, *xz.chunk(2, dim=1), *tensors, *ctx.options)
-        return None, dxz, *(g if t is not None else None for g, t in zip(gradients, tensors, strict=False))
+        tensors = ctx.saved_tensors
+        gradients = torch.ops.mamba_ssm.mixer_bwd(dout, *tensors, *ctx.options)
+        return None, *(g if t is not None else None for g, t in zip(gradients, tensors, strict=False))
 
 
 @register_flop_formula(torch.ops.mamba_ssm.mixer_fwd)
-def mixer_flops(x, z, *rest, out_shape=None) -> int:
-    """Operations of `mixer_fwd` from the shapes of its tensors: those of its convolutions, of x_proj and of its scans.
+def mixer_flops(hidden_states, in_proj, in_proj_bias, out_proj, out_proj_bias, *rest, out_shape=None) -> int:
+    """Operations of `mixer_fwd` from the shapes of its tensors: of its convolutions, projections and scans.
 
     Each in the units of the operators that they are without the mixer."""
     *parameters, scale, delta_softplus, method, steps = rest
-    batch, channels, length = x
-    total = 0
+    batch, length, _ = hidden_states
+    x = batch, out_proj[1], length
+    total = _outer_flops(hidden_states, in_proj, out_proj)
     for conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D in _directions(parameters):
         if conv_weight is None:
             continue
         matrix = (batch, A[1], length)
-        total += conv_flops(x, (channels, conv_weight[2]), conv_bias, None, None, True, False)
-        total += 2 * batch * length * x_proj_weight[0] * channels
+        total += conv_flops(x, (x[1], conv_weight[2]), conv_bias, None, None, True, False)
+        total += 2 * batch * length * x_proj_weight[0] * x[1]
         total += selective_scan_flops(
-            x, (batch, dt_weight[1], length), A, matrix, matrix, D, z, dt_bias, dt_weight, None, None,
+            x, (batch, dt_weight[1], length), A, matrix, matrix, D, x, dt_bias, dt_weight, None, None,
             scale, delta_softplus, False, method, False, steps,
         )  # fmt: skip
     return total
 
 
 @register_flop_formula(torch.ops.mamba_ssm.mixer_bwd)
-def mixer_backward_flops(dout, x, z, *rest, out_shape=None) -> int:
+def mixer_backward_flops(dout, hidden_states, in_proj, in_proj_bias, out_proj, out_proj_bias, *rest, out_shape=None):
     """Operations of `mixer_bwd`: its parts' backward passes, and the convolutions again."""
     *tensors, scale, delta_softplus, method, steps = rest
-    parameters = tensors[: 2 * len(Direction._fields)]
-    batch, channels, length = x
-    total = 0
-    for conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D in _directions(parameters):
+    batch, length, _ = hidden_states
+    x = batch, out_proj[1], length
+    total = 2 * _outer_flops(hidden_states, in_proj, out_proj)
+    for conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D in _directions(
+        tensors[: 2 * len(Direction._fields)]
+    ):
         if conv_weight is None:
             continue
-        matrix, filters = (batch, A[1], length), (channels, conv_weight[2])
+        matrix, filters = (batch, A[1], length), (x[1], conv_weight[2])
         total += conv_flops(x, filters, conv_bias, None, None, True, False)
         total += conv_backward_flops(x, x, filters, conv_bias, None, None, True, False, None)
-        total += 4 * batch * length * channels * (x_proj_weight[0] + dt_weight[1])
+        total += 4 * batch * length * x[1] * (x_proj_weight[0] + dt_weight[1])
         total += selective_scan_backward_flops(
-            dout, None, x, (batch, dt_weight[1], length), A, matrix, matrix, D, z, dt_bias, dt_weight, None, None,
+            x, None, x, (batch, dt_weight[1], length), A, matrix, matrix, D, x, dt_bias, dt_weight, None, None,
             scale, delta_softplus, False, method, False, steps,
         )  # fmt: skip
     return total
+
+
+def _outer_flops(hidden_states, in_proj, out_proj) -> int:
+    batch, length, _ = hidden_states
+    return 2 * batch * length * (in_proj[0] * in_proj[1] + out_proj[0] * out_proj[1])
 
 
 def scan_arguments(
@@ -291,7 +345,7 @@ def scan_arguments(
 
 
 def direction_arguments(x: Tensor, direction: Direction, *, conv_fn: Callable[..., Tensor]) -> ScanArgs:
-    """`scan_arguments` of a mixer's direction, in the dtypes that `mixer_scan` takes its tensors in."""
+    """`scan_arguments` of a mixer's direction, in the dtypes that `mixer_fn` takes its tensors in."""
     conv_weight, conv_bias, x_proj_weight, *others = direction
     dt_weight, dt_bias, A_log, D = (None if t is None else at_least_float32(t) for t in others)
     return scan_arguments(

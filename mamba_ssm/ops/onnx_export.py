@@ -14,7 +14,7 @@ Needs onnx, onnx_ir and onnxscript.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,14 @@ from torch.onnx import ONNXProgram
 
 from causal_conv1d import causal_conv1d_ref
 from mamba_ssm.ops.discretization_ref import discretize
-from mamba_ssm.ops.mamba_inner import _directions, at_least_float32, direction_arguments
+from mamba_ssm.ops.mamba_inner import (
+    Projection,
+    _directions,
+    _linear,
+    at_least_float32,
+    direction_arguments,
+    split_channels,
+)
 from mamba_ssm.ops.onnx_scan import OPSET, TRANSLATIONS, linear_recurrence
 from mamba_ssm.ops.selective_scan_ref import ScanArgs
 from mamba_ssm.ops.triton.layer_norm import _add_norm_ref
@@ -78,10 +85,14 @@ def _refuse(what: str) -> None:
     raise NotImplementedError(f"ONNX export: {what}")
 
 
-def _mixer(x: Tensor, z: Tensor, *rest: Any) -> list[Tensor]:
+def _mixer(
+    hidden_states: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:  # fmt: skip
     *parameters, scale, delta_softplus, method, steps = rest
     if steps:
         _refuse("the program was traced for training; trace it under torch.no_grad()")
+    x, z = split_channels(_linear(hidden_states, Projection(in_weight, in_bias)).transpose(1, 2))
     y = None
     for direction, reverse in zip(_directions(parameters), (False, True), strict=True):
         if direction.conv_weight is None:
@@ -89,7 +100,7 @@ def _mixer(x: Tensor, z: Tensor, *rest: Any) -> list[Tensor]:
         args = direction_arguments(x, direction, conv_fn=partial(causal_conv1d_ref, reverse=reverse))
         y_direction = _scan(args, delta_softplus, reverse, method)
         y = y_direction if y is None else y + y_direction
-    return [_gate(y, z, scale, x.dtype)]
+    return [_linear(_gate(y, z, scale, x.dtype).transpose(1, 2), Projection(out_weight, out_bias))]
 
 
 def _selective_scan(
@@ -132,12 +143,14 @@ _OPERATORS: dict[Any, Callable[..., list[Tensor]]] = {
     torch.ops.mamba_ssm.add_norm_fwd.default: _add_norm,
     torch.ops.causal_conv1d.conv_fwd.default: _conv,
 }
-# The dtypes of these outputs; all have the shape of the first input.
-_OUTPUTS: dict[Any, Callable[..., list[torch.dtype]]] = {
-    torch.ops.mamba_ssm.mixer_fwd.default: lambda x, *_: [x.dtype],
-    torch.ops.mamba_ssm.selective_scan_fwd.default: lambda u, *rest: [torch.float32 if rest[-2] else u.dtype],
-    torch.ops.mamba_ssm.add_norm_fwd.default: lambda x, *_: [x.dtype, torch.float32],
-    torch.ops.causal_conv1d.conv_fwd.default: lambda x, *_: [x.dtype],
+# The shapes and dtypes of these outputs.
+_OUTPUTS: dict[Any, Callable[..., list[tuple[Sequence[int], torch.dtype]]]] = {
+    torch.ops.mamba_ssm.mixer_fwd.default: lambda x, _w, _b, out, *_: [((*x.shape[:2], out.shape[0]), x.dtype)],
+    torch.ops.mamba_ssm.selective_scan_fwd.default: lambda u, *rest: [
+        (u.shape, torch.float32 if rest[-2] else u.dtype)
+    ],
+    torch.ops.mamba_ssm.add_norm_fwd.default: lambda x, *_: [(x.shape, x.dtype), (x.shape, torch.float32)],
+    torch.ops.causal_conv1d.conv_fwd.default: lambda x, *_: [(x.shape, x.dtype)],
 }
 
 
@@ -206,8 +219,8 @@ class _Functions:
         results = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{self.calls[key].name}",
             tensors,
-            dtypes=outputs,
-            shapes=[tensors[0].shape] * len(outputs),
+            dtypes=[dtype for _, dtype in outputs],
+            shapes=[shape for shape, _ in outputs],
             version=1,
         )
         unread = [tensors[0].new_empty(0)] * (len(operator._schema.returns) - len(outputs))
