@@ -108,7 +108,7 @@ void run(void (*kernel)(const ConvProblem&, i64, i64), const ConvProblem& p) {
 }  // namespace
 
 Tensor conv_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
-                const OptionalTensor& initial_states, bool silu, bool reverse) {
+                const OptionalTensor& initial_states, bool silu, bool reverse, Scratch*) {
   const Filter filter(weight, bias);
   ConvProblem p = problem_of(x, filter, weight.size(1), seq_idx, initial_states, silu, reverse);
   Tensor out = empty_bdl(x, p.lanes_over_channels);
@@ -233,7 +233,7 @@ Tensor conv_update(const Tensor& x, const Tensor& conv_state, const Tensor& weig
 }  // namespace mamba_ssm
 
 STABLE_TORCH_LIBRARY_IMPL(causal_conv1d, CPU, m) {
-  m.impl("conv_fwd", TORCH_BOX(&mamba_ssm::conv_fwd));
+  m.impl("conv_fwd", TORCH_BOX(&mamba_ssm::conv_fwd_operator));
   m.impl("conv_bwd", TORCH_BOX(&mamba_ssm::conv_bwd_operator));
   m.impl("conv_update", TORCH_BOX(&mamba_ssm::conv_update));
 }

@@ -34,9 +34,10 @@ ConvArray in_scan_order(const Tensor& tensor, const Tensor& x, bool reverse, con
   return a;
 }
 
-Tensor empty_in_layout_of(const Tensor& x) {
-  if (x.stride(1) != 1 || x.stride(2) == 1) return new_tensor(x, {x.size(0), x.size(1), x.size(2)});
-  return transposed(new_tensor(x, {x.size(0), x.size(2), x.size(1)}), 1, 2);
+Tensor empty_in_layout_of(const Tensor& x, Scratch* scratch = nullptr) {
+  const i64 batch = x.size(0), dim = x.size(1), seqlen = x.size(2);
+  if (x.stride(1) != 1 || x.stride(2) == 1) return new_tensor(x, {batch, dim, seqlen}, x.scalar_type(), scratch);
+  return transposed(new_tensor(x, {batch, seqlen, dim}, x.scalar_type(), scratch), 1, 2);
 }
 
 ConvParameter parameter(const Tensor& tensor, const char* name) {
@@ -124,10 +125,10 @@ const char* launch(const GpuConv& conv, bool rows, bool backward, void* stream) 
 }  // namespace
 
 Tensor conv_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
-                const OptionalTensor& initial_states, bool silu, bool reverse) {
+                const OptionalTensor& initial_states, bool silu, bool reverse, Scratch* scratch) {
   const DeviceOf device(x);
   GpuConv conv = conv_of(x, weight, bias, seq_idx, initial_states, silu, reverse);
-  Tensor out = empty_in_layout_of(x);
+  Tensor out = empty_in_layout_of(x, scratch);
   conv.p.out = in_scan_order(out, x, reverse, "out");
   const bool rows = divide(conv, false);
   if (x.numel() > 0) check_launch(launch(conv, rows, false, device.stream()));
@@ -248,7 +249,7 @@ Tensor conv_update(const Tensor& x, const Tensor& conv_state, const Tensor& weig
 }  // namespace mamba_ssm
 
 MAMBA_SSM_CUDA_IMPL(causal_conv1d, m) {
-  m.impl("conv_fwd", TORCH_BOX(&mamba_ssm::conv_fwd));
+  m.impl("conv_fwd", TORCH_BOX(&mamba_ssm::conv_fwd_operator));
   m.impl("conv_bwd", TORCH_BOX(&mamba_ssm::conv_bwd_operator));
   m.impl("conv_update", TORCH_BOX(&mamba_ssm::conv_update));
 }

@@ -8,8 +8,15 @@
 
 namespace mamba_ssm {
 
+// With a scratch, the result lies there.
 Tensor conv_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
-                const OptionalTensor& initial_states, bool silu, bool reverse);
+                const OptionalTensor& initial_states, bool silu, bool reverse, Scratch* scratch = nullptr);
+// As the schema has it.
+inline Tensor conv_fwd_operator(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& seq_idx, const OptionalTensor& initial_states, bool silu,
+                                bool reverse) {
+  return conv_fwd(x, weight, bias, seq_idx, initial_states, silu, reverse);
+}
 
 // dweight and dbias are float32, whatever the dtype of weight and bias.
 struct ConvGradients {

@@ -63,7 +63,8 @@ inline Tensor part_of(const Tensor& t, std::int64_t dimension, std::int64_t firs
 }
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// Tensors that live no longer than an operator's call; small ones share the memory of one, for each dtype.
+// Tensors that live no longer than an operator's call. Each takes microseconds to make, so small ones share the memory
+// of one, for each dtype, and large ones are used again after release().
 class Scratch {
  public:
   explicit Scratch(const Tensor& like) : like_(like) {}
@@ -71,7 +72,28 @@ class Scratch {
   Tensor tensor(const Sizes& sizes, ScalarType dtype) {
     std::int64_t count = 1;
     for (std::int64_t n : sizes) count *= n;
-    if (count > kSmall) return new_tensor(like_, sizes, dtype);
+    return count > kSmall ? large(sizes, count, dtype) : small(sizes, count, dtype);
+  }
+  Tensor floats(const Sizes& sizes) { return tensor(sizes, ScalarType::Float); }
+  // The large tensors made so far are not read any more by what is launched from now on.
+  void release() {
+    for (Large& large : large_) large.free = true;
+  }
+
+ private:
+  struct Pool {
+    OptionalTensor memory;
+    std::int64_t used = 0;
+  };
+  struct Large {
+    Tensor memory;
+    std::int64_t count;
+    ScalarType dtype;
+    bool free;
+  };
+  static constexpr std::int64_t kPool = 1 << 20, kSmall = kPool / 4, kAlignment = 128;
+
+  Tensor small(const Sizes& sizes, std::int64_t count, ScalarType dtype) {
     Pool& pool = dtype == ScalarType::Float ? floats_ : halves_;
     if (!pool.memory.has_value() || pool.memory->scalar_type() != dtype || pool.used + count > kPool) {
       pool = {new_tensor(like_, {kPool}, dtype), 0};
@@ -80,16 +102,23 @@ class Scratch {
     pool.used += (count + kAlignment - 1) / kAlignment * kAlignment;
     return result;
   }
-  Tensor floats(const Sizes& sizes) { return tensor(sizes, ScalarType::Float); }
+  Tensor large(const Sizes& sizes, std::int64_t count, ScalarType dtype) {
+    for (Large& large : large_) {
+      if (!large.free || large.count != count || large.dtype != dtype) continue;
+      large.free = false;
+      return view_of(large.memory, sizes, contiguous_strides(sizes));
+    }
+    large_.push_back({new_tensor(like_, sizes, dtype), count, dtype, false});
+    return large_.back().memory;
+  }
 
- private:
-  struct Pool {
-    OptionalTensor memory;
-    std::int64_t used = 0;
-  };
-  static constexpr std::int64_t kPool = 1 << 20, kSmall = kPool / 4, kAlignment = 128;
   Tensor like_;
   Pool floats_, halves_;
+  std::vector<Large> large_;
 };
+// With a scratch, there.
+inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtype, Scratch* scratch) {
+  return scratch == nullptr ? new_tensor(like, sizes, dtype) : scratch->tensor(sizes, dtype);
+}
 
 }  // namespace mamba_ssm

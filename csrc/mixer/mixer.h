@@ -131,22 +131,42 @@ inline Tensor to_float(const Tensor& t) {
 }
 inline OptionalTensor to_float(const OptionalTensor& t) { return t.has_value() ? to_float(*t) : t; }
 
-// to = from, both matrices or vectors.
-inline MatrixJob copy_job(const Tensor& from, const Tensor& to) {
-  const bool matrix = to.dim() > 1;
-  return {from.data_ptr(),
-          kernel_dtype(from, "from"),
-          matrix ? from.stride(0) : 0,
-          from.stride(from.dim() - 1),
-          nullptr,
-          false,
-          to.data_ptr(),
-          kernel_dtype(to, "to"),
-          matrix ? to.stride(0) : 0,
-          matrix ? to.size(0) : 1,
-          to.size(to.dim() - 1)};
+// A matrix, or a vector as one row, as jobs read and write it.
+struct MatrixView {
+  void* data;
+  Dtype dtype;
+  std::int64_t row, column;  // distances in elements
+  std::int64_t rows, columns;
+
+  explicit MatrixView(const Tensor& t)
+      : data(t.data_ptr()),
+        dtype(kernel_dtype(t, "parameter")),
+        row(t.dim() > 1 ? t.stride(0) : 0),
+        column(t.stride(t.dim() - 1)),
+        rows(t.dim() > 1 ? t.size(0) : 1),
+        columns(t.size(t.dim() - 1)) {}
+
+  MatrixView part(std::int64_t first_row, std::int64_t row_count, std::int64_t first_column,
+                  std::int64_t column_count) const {
+    MatrixView result = *this;
+    result.data = static_cast<char*>(data) + (first_row * row + first_column * column) * element_size(dtype);
+    result.rows = row_count, result.columns = column_count;
+    return result;
+  }
+  MatrixView rows_from(std::int64_t first, std::int64_t count) const { return part(first, count, 0, columns); }
+  MatrixView columns_from(std::int64_t first, std::int64_t count) const { return part(0, rows, first, count); }
+  MatrixView transposed() const {
+    MatrixView result = *this;
+    std::swap(result.row, result.column);
+    std::swap(result.rows, result.columns);
+    return result;
+  }
+};
+// to = from
+inline MatrixJob copy_job(const MatrixView& from, const MatrixView& to) {
+  return {from.data, from.dtype, from.row, from.column, nullptr, false, to.data, to.dtype, to.row, to.rows, to.columns};
 }
-inline MatrixJob zero_job(const Tensor& to) {
+inline MatrixJob zero_job(const MatrixView& to) {
   MatrixJob job = copy_job(to, to);
   job.from = nullptr;
   return job;
@@ -174,15 +194,14 @@ struct PreparedMixer {
   OuterProjections outer;  // in the activations' dtype
   std::vector<PreparedDirection> directions;
 };
-inline PreparedMixer prepare(OuterProjections outer, const std::vector<MixerDirection>& directions,
-                             const Tensor& activations, bool backward) {
+inline PreparedMixer prepare(const OuterProjections& outer, const std::vector<MixerDirection>& directions,
+                             const Tensor& activations, bool backward, Scratch& scratch) {
   std::vector<MatrixJob> jobs;
-  Scratch scratch(activations);
   const auto tensor = [&](const Sizes& sizes) { return scratch.tensor(sizes, activations.scalar_type()); };
   const auto convert = [&](Tensor& t) {
     if (t.scalar_type() == activations.scalar_type()) return;
     const Tensor converted = tensor(sizes_of(t));
-    jobs.push_back(copy_job(t, converted));
+    jobs.push_back(copy_job(MatrixView(t), MatrixView(converted)));
     t = converted;
   };
   PreparedMixer prepared{outer, {}};
@@ -198,21 +217,23 @@ inline PreparedMixer prepare(OuterProjections outer, const std::vector<MixerDire
                         to_float(d.dt_weight),
                         to_float(d.dt_bias),
                         to_float(d.D)};
-    jobs.push_back(copy_job(d.A_log, p.A));
+    jobs.push_back(copy_job(MatrixView(d.A_log), MatrixView(p.A)));
     jobs.back().negative_exponential = true;
-    const auto rows = [](const Tensor& t, std::int64_t first, std::int64_t count) {
-      return part_of(t, 0, first, count);
-    };
+    const MatrixView from(d.x_proj_weight), to(p.x_proj);
     std::int64_t end = 0;
+    const auto fill_to = [&](std::int64_t column) {
+      if (column > end) jobs.push_back(zero_job(to.rows_from(end, column - end)));
+    };
     for (const Part& part : parts_of(d)) {
-      if (part.column > end) jobs.push_back(zero_job(rows(p.x_proj, end, part.column - end)));
-      jobs.push_back(copy_job(rows(d.x_proj_weight, part.packed, part.width), rows(p.x_proj, part.column, part.width)));
+      fill_to(part.column);
+      jobs.push_back(copy_job(from.rows_from(part.packed, part.width), to.rows_from(part.column, part.width)));
       end = part.column + part.width;
     }
-    if (d.columns > end) jobs.push_back(zero_job(rows(p.x_proj, end, d.columns - end)));
+    fill_to(d.columns);
     if (backward) {
-      jobs.push_back(copy_job(d.dt_weight, part_of(*p.dt, 1, 0, d.rank)));
-      if (d.rank_columns > d.rank) jobs.push_back(zero_job(part_of(*p.dt, 1, d.rank, d.rank_columns - d.rank)));
+      const MatrixView dt(*p.dt);
+      jobs.push_back(copy_job(MatrixView(d.dt_weight), dt.columns_from(0, d.rank)));
+      if (d.rank_columns > d.rank) jobs.push_back(zero_job(dt.columns_from(d.rank, d.rank_columns - d.rank)));
     }
     prepared.directions.push_back(std::move(p));
   }
@@ -233,9 +254,9 @@ inline std::array<Tensor, 3> split(const MixerDirection& d, const Tensor& rows, 
 
 inline ConvFilter filter_of(const MixerDirection& d) { return {d.conv_rows(), d.conv_bias}; }
 
-// silu(conv(x))
-inline Tensor convolve(const MixerDirection& d, const Tensor& x) {
-  return conv_fwd(x, d.conv_rows(), d.conv_bias, std::nullopt, std::nullopt, true, d.reverse);
+// silu(conv(x)), in scratch memory
+inline Tensor convolve(const MixerDirection& d, const Tensor& x, Scratch& scratch) {
+  return conv_fwd(x, d.conv_rows(), d.conv_bias, std::nullopt, std::nullopt, true, d.reverse, &scratch);
 }
 struct FilterGradients {
   std::vector<Tensor> dweight, dbias;  // of each direction
@@ -283,7 +304,8 @@ inline MixerResults mixer_forward(Tensor hidden_states, Tensor in_proj_weight, O
   const std::int64_t batch = hidden_states.size(0), length = hidden_states.size(1);
   check_shape(hidden_states, {batch, length, outer.inputs}, "hidden_states");
   const Tensor hidden = as_contiguous(hidden_states);
-  const PreparedMixer prepared = prepare(outer, directions, hidden, false);
+  Scratch scratch(hidden), passing(hidden);  // passing: of one direction
+  const PreparedMixer prepared = prepare(outer, directions, hidden, false, scratch);
   const Tensor xz = new_tensor(hidden, {batch, length, 2 * outer.channels});
   multiply_matrices(as_rows(xz), as_rows(hidden), transposed(prepared.outer.in_weight), prepared.outer.in_bias);
   const Tensor x = half_of(xz, 0), z = half_of(xz, 1);
@@ -293,7 +315,7 @@ inline MixerResults mixer_forward(Tensor hidden_states, Tensor in_proj_weight, O
     const MixerDirection& d = directions[i];
     const PreparedDirection& p = prepared.directions[i];
     const bool last = i + 1 == directions.size();
-    const Tensor u = convolve(d, x);
+    const Tensor u = convolve(d, x, passing);
     const Tensor projected = multiply(rows_of(u), transposed(p.x_proj));
     const auto [dt, B, C] = split(d, projected, u);
     const ScanArguments arguments{u,
@@ -310,10 +332,11 @@ inline MixerResults mixer_forward(Tensor hidden_states, Tensor in_proj_weight, O
                                   d.reverse,
                                   method};
     const auto [out, last_state, checkpoints] =
-        scan_forward(arguments, std::nullopt, sum, !last, checkpoint_steps, false);
+        scan_forward(arguments, std::nullopt, sum, !last, checkpoint_steps, false, &passing);
     sum = out;
     kept[d.reverse ? 2 : 0] = projected;
     kept[d.reverse ? 3 : 1] = checkpoints;
+    passing.release();
   }
   const Tensor out = new_tensor(hidden, {batch, length, outer.outputs});
   multiply_matrices(as_rows(out), rows_of(*sum), transposed(prepared.outer.out_weight), prepared.outer.out_bias);
@@ -343,34 +366,40 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Tensor i
       mixer_directions({conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, conv_weight_b, conv_bias_b,
                         x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b});
   const Tensor hidden = as_contiguous(hidden_states), dout_rows = as_rows(as_contiguous(dout));
-  const PreparedMixer prepared = prepare(outer, directions, hidden, true);
+  Scratch scratch(hidden), passing(hidden);  // passing: of one direction
+  const PreparedMixer prepared = prepare(outer, directions, hidden, true, scratch);
   std::vector<Tensor> gradients;
   for (const OptionalTensor& t : parameters) {
     gradients.push_back(t.has_value() ? new_tensor(*t, sizes_of(*t)) : new_tensor(hidden, {0}));
   }
   std::vector<MatrixJob> jobs;
   std::vector<Tensor> alive;  // what the jobs read
-  Scratch scratch(hidden);
-  const auto finish = [&](int index, const Tensor& from) {
-    Tensor to = gradients[index];
-    if (to.dim() == 3) to = view_of(to, {to.size(0), to.size(2)}, {to.stride(0), 1});
+  // The product of two matrices, in scratch memory.
+  const auto product = [&](const Tensor& a, const Tensor& b) {
+    const Tensor out = scratch.tensor({a.size(0), b.size(1)}, hidden.scalar_type());
+    multiply_matrices(out, a, b);
+    return out;
+  };
+  const auto finish = [&](int index, const MatrixView& from) {
+    MatrixView to(gradients[index]);
+    to.columns = from.columns;  // a convolution's weight has a dimension of 1 between
     jobs.push_back(copy_job(from, to));
-    alive.push_back(from);
   };
   const auto finish_weight = [&](int index, const Tensor& doutputs, const Tensor& inputs) {
     const Tensor& to = gradients[index];
     if (to.scalar_type() == hidden.scalar_type()) {
       multiply_matrices(to, transposed(doutputs), inputs);
     } else {
-      finish(index, multiply(transposed(doutputs), inputs));
+      alive.push_back(product(transposed(doutputs), inputs));
+      finish(index, MatrixView(alive.back()));
     }
   };
   const auto finish_bias = [&](int index, const Tensor& doutputs) {
     constexpr std::int64_t kRows = 0;
-    if (parameters[index].has_value()) {
-      finish(index, torch::stable::sum(doutputs, torch::headeronly::IntHeaderOnlyArrayRef(&kRows, 1), false,
-                                       ScalarType::Float));
-    }
+    if (!parameters[index].has_value()) return;
+    alive.push_back(
+        torch::stable::sum(doutputs, torch::headeronly::IntHeaderOnlyArrayRef(&kRows, 1), false, ScalarType::Float));
+    finish(index, MatrixView(alive.back()));
   };
 
   finish_weight(2, dout_rows, rows_of(y));
@@ -386,7 +415,7 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Tensor i
     const PreparedDirection& p = prepared.directions[i];
     const bool last = i + 1 == directions.size();
     const Tensor& kept = d.reverse ? projected_b : projected;
-    const Tensor u = convolve(d, x);
+    const Tensor u = convolve(d, x, passing);
     const auto [dt, B, C] = split(d, kept, u);
     const ScanArguments arguments{u,         dt,    p.A, B, C, p.D, z, p.dt_bias, p.dt_float, scale, delta_softplus,
                                   d.reverse, method};
@@ -396,7 +425,7 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Tensor i
     const auto as_group = [](const Tensor& t) {  // (batch, 1, states, length)
       return view_of(t, {t.size(0), 1, t.size(1), t.size(2)}, {t.stride(0), 0, t.stride(1), t.stride(2)});
     };
-    const GradientTargets targets{as_group(dB), as_group(dC), dz_target, scratch};
+    const GradientTargets targets{as_group(dB), as_group(dC), dz_target, scratch, passing};
     const auto [du, ddelta, dA, unused_dB, unused_dC, dD, dz_sum, ddt_bias, dinitial_state] = scan_backward(
         arguments, dy, std::nullopt, dz, d.reverse ? checkpoints_b : checkpoints, !last, checkpoint_steps, &targets);
     dz = dz_sum;
@@ -404,26 +433,27 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Tensor i
     const Tensor ddelta_rows = rows_of(ddelta), du_rows = rows_of(du);
     const auto dt_columns = [&](const Tensor& rows) { return part_of(rows, 1, 0, d.rank_columns); };
     multiply_matrices(dt_columns(dprojected), ddelta_rows, *p.dt);
-    const Tensor ddt_weight = multiply(transposed(dt_columns(kept)), ddelta_rows);  // (rank, channels): faster this way
-    const Tensor dx_proj_weight = multiply(transposed(dprojected), rows_of(u));
+    const Tensor ddt_weight = product(transposed(dt_columns(kept)), ddelta_rows);  // (rank, channels): faster this way
+    const Tensor dx_proj_weight = product(transposed(dprojected), rows_of(u));
     multiply_matrices(du_rows, dprojected, p.x_proj, du_rows);
     dinputs.push_back(sequences_of(du_rows, u));
 
+    const MatrixView from(dx_proj_weight), to(gradients[d.index + 2]);
     for (const Part& part : parts_of(d)) {
-      jobs.push_back(copy_job(part_of(dx_proj_weight, 0, part.column, part.width),
-                              part_of(gradients[d.index + 2], 0, part.packed, part.width)));
+      jobs.push_back(copy_job(from.rows_from(part.column, part.width), to.rows_from(part.packed, part.width)));
     }
-    alive.push_back(dx_proj_weight);
-    finish(d.index + 3, transposed(part_of(ddt_weight, 0, 0, d.rank)));
-    if (d.dt_bias.has_value()) finish(d.index + 4, ddt_bias);
-    finish(d.index + 5, dA);
+    finish(d.index + 3, MatrixView(ddt_weight).rows_from(0, d.rank).transposed());
+    if (d.dt_bias.has_value()) finish(d.index + 4, MatrixView(ddt_bias));
+    finish(d.index + 5, MatrixView(dA));
     jobs.back().factor = float_data(p.A);  // dA/d(A_log) = A
-    if (d.D.has_value()) finish(d.index + 6, dD);
+    if (d.D.has_value()) finish(d.index + 6, MatrixView(dD));
+    alive.insert(alive.end(), {ddt_weight, dx_proj_weight, ddt_bias, dA, dD});
+    passing.release();
   }
   const FilterGradients conv = return_through_convolutions(directions, x, dinputs, dx, scratch);
   for (std::size_t i = 0; i < directions.size(); ++i) {
-    finish(directions[i].index, conv.dweight[i]);
-    if (directions[i].conv_bias.has_value()) finish(directions[i].index + 1, conv.dbias[i]);
+    finish(directions[i].index, MatrixView(conv.dweight[i]));
+    if (directions[i].conv_bias.has_value()) finish(directions[i].index + 1, MatrixView(conv.dbias[i]));
   }
   const Tensor dxz_rows = as_rows(dxz);
   finish_weight(0, dxz_rows, as_rows(hidden));

@@ -59,11 +59,11 @@ inline InputMatrix input_matrix(const Tensor& t, const char* name, const ScanPar
   return {t.data_ptr(), dtype, false, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-// (batch, channels, length), laid out in memory as `like` is: channel-last or not.
-inline Tensor new_activation(const Tensor& like, ScalarType dtype) {
+// (batch, channels, length), laid out in memory as `like` is: channel-last or not. With a scratch, there.
+inline Tensor new_activation(const Tensor& like, ScalarType dtype, Scratch* scratch = nullptr) {
   const std::int64_t b = like.size(0), d = like.size(1), l = like.size(2);
-  if (like.stride(1) == 1 && d > 1) return transposed(new_tensor(like, {b, l, d}, dtype), 1, 2);
-  return new_tensor(like, {b, d, l}, dtype);
+  if (like.stride(1) == 1 && d > 1) return transposed(new_tensor(like, {b, l, d}, dtype, scratch), 1, 2);
+  return new_tensor(like, {b, d, l}, dtype, scratch);
 }
 // t, whose channels are innermost, as new_activation(like, …) would lie in memory.
 inline Tensor like_memory_of(const Tensor& like, const Tensor& t) {
@@ -161,14 +161,16 @@ inline void use_checkpoints(ScanParams& p, const Tensor& checkpoints, std::int64
 using ScanResults = std::tuple<Tensor, Tensor, Tensor>;
 using ScanGradientResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The operators' implementations, each library's own. A last_state that is not wanted may be empty.
+// The operators' implementations, each library's own. A last_state that is not wanted may be undefined. What lives no
+// longer than the call may lie in `scratch`.
 ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, OptionalTensor addend, bool float_out,
-                         std::int64_t checkpoint_steps, bool want_last_state = true);
+                         std::int64_t checkpoint_steps, bool want_last_state = true, Scratch* scratch = nullptr);
 // Where gradients go, if not to tensors of their own: those of B and C to (batch, 1, states, length) in the dtype of u,
-// that of z to dz unless it is in float32, those of parameters to scratch memory. dinitial_state may be empty then.
+// that of z to dz unless it is in float32, those of parameters to `results`. That of delta, and what lives no longer
+// than the call, go to `passing`. dinitial_state and what has no gradient may be undefined then.
 struct GradientTargets {
   Tensor dB, dC, dz;
-  Scratch& scratch;
+  Scratch &results, &passing;
 };
 ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor dlast_state, OptionalTensor dz_addend,
                                   Tensor checkpoints, bool float_dz, std::int64_t checkpoint_steps,

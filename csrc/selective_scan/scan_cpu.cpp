@@ -63,7 +63,7 @@ std::int64_t blocks_per_group(const ScanParams& p, int lanes) { return (p.channe
 }  // namespace
 
 ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, OptionalTensor addend, bool float_out,
-                         std::int64_t checkpoint_steps, bool) {
+                         std::int64_t checkpoint_steps, bool, Scratch*) {
   const ScanKernels& kernels = MAMBA_SSM_SELECT_ISA(scan_kernels);
   a.make_contiguous();
   initial_state = contiguous_float(initial_state, "initial_state");

@@ -68,8 +68,9 @@ bool is_fast(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor
          u.size(1) * A.size(1) * 4 < kMostRowBytes;
 }
 
-Tensor projected_delta(const Tensor& weight, const Tensor& input, const ScanParams& p, const Tensor& u, void* stream) {
-  Tensor rows = new_tensor(u, {p.batch, p.length, p.channels});
+Tensor projected_delta(const Tensor& weight, const Tensor& input, const ScanParams& p, const Tensor& u, void* stream,
+                       Scratch* scratch) {
+  Tensor rows = new_tensor(u, {p.batch, p.length, p.channels}, u.scalar_type(), scratch);
   const DeltaProjection projection{p.delta_input, float_data(weight), p.batch,         p.channels,
                                    p.rank,        p.length,           rows.data_ptr(), p.u.dtype};
   check_launch(launch_project_delta(projection, stream));
@@ -122,7 +123,7 @@ class Segments {
 }  // namespace
 
 ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, OptionalTensor addend, bool float_out,
-                         i64 checkpoint_steps, bool want_last_state) {
+                         i64 checkpoint_steps, bool want_last_state, Scratch* scratch) {
   auto& [u, delta, A, B, C, D, z, delta_bias, delta_weight, scale, delta_softplus, reverse, method] = a;
   const DeviceOf device(u);
   a.make_contiguous();
@@ -131,7 +132,7 @@ ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, Optional
   activation(addend, "addend", u);
   check_shape(initial_state, {p.batch, p.channels, p.states}, "initial_state");
   const Tensor original_u = u;
-  if (delta_weight.has_value()) delta = projected_delta(*delta_weight, delta, p, u, device.stream());
+  if (delta_weight.has_value()) delta = projected_delta(*delta_weight, delta, p, u, device.stream(), scratch);
   const ScalarType out_dtype = float_out ? ScalarType::Float : u.scalar_type();
   const bool fast =
       is_fast(u, delta, A, B, C, {&z}, {&addend}, {&A, initial_state.has_value() ? &*initial_state : &A}) &&
@@ -148,7 +149,7 @@ ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, Optional
   p.first_checkpoint = initial_state.has_value() ? 0 : 1;
   GpuScan scan = make_launch(p, fast, checkpoint_steps);
   Tensor out = new_activation(u, out_dtype);
-  Tensor last_state = new_floats(u, {want_last_state ? p.batch : 0, p.channels, p.states});
+  const Tensor last_state = want_last_state ? new_floats(u, {p.batch, p.channels, p.states}) : Tensor();
   Tensor checkpoints = new_floats(u, {p.batch, scan.checkpoints, p.states, p.channels});
   scan.p.out = p.out = activation(out, "out", u);
   scan.p.last_state = want_last_state ? float_data(last_state) : nullptr;
@@ -205,7 +206,9 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
   const Tensor original_u = u, original_delta = delta_weight.has_value() ? u : delta, original_B = B, original_C = C;
   const OptionalTensor original_z = z;
   const ScalarType ddelta_dtype = delta.scalar_type();
-  if (delta_weight.has_value()) delta = projected_delta(*delta_weight, delta, p, u, device.stream());
+  Scratch own_scratch(u);
+  Scratch& scratch = targets == nullptr ? own_scratch : targets->passing;
+  if (delta_weight.has_value()) delta = projected_delta(*delta_weight, delta, p, u, device.stream(), &scratch);
   const OptionalTensor given_dout = dout;
   const bool fast = is_fast(u, delta, A, B, C, {&z, &given_dout}, {&dz_addend},
                             {&A, &checkpoints, dlast_state.has_value() ? &*dlast_state : &A}) &&
@@ -220,21 +223,20 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
   use_checkpoints(p, checkpoints, checkpoint_steps);
   GpuScan scan = make_launch(p, fast, checkpoint_steps);
 
-  Scratch own_scratch(u);
-  Scratch& scratch = targets == nullptr ? own_scratch : targets->scratch;
   const auto result = [&](bool wanted, const Sizes& sizes) {
-    return !wanted ? new_floats(u, {0}) : targets == nullptr ? new_floats(u, sizes) : scratch.floats(sizes);
+    if (targets != nullptr) return wanted ? targets->results.floats(sizes) : Tensor();
+    return new_floats(u, wanted ? sizes : Sizes{0});
   };
   const auto floats = [&](bool wanted, const Sizes& sizes) {
     return wanted ? OptionalTensor(scratch.floats(sizes)) : std::nullopt;
   };
   Tensor du = new_activation(u, u.scalar_type());
-  Tensor ddelta = new_activation(fast ? u : original_delta, ddelta_dtype);
+  Tensor ddelta = new_activation(fast ? u : original_delta, ddelta_dtype, targets == nullptr ? nullptr : &scratch);
   const bool own_dz = targets == nullptr || float_dz;
   Tensor dz = !z.has_value() ? new_floats(u, {0})
               : !own_dz      ? targets->dz
                              : new_activation(*z, float_dz ? ScalarType::Float : z->scalar_type());
-  Tensor dinitial_state = new_floats(u, {targets == nullptr ? p.batch : 0, p.channels, p.states});
+  Tensor dinitial_state = targets == nullptr ? new_floats(u, {p.batch, p.channels, p.states}) : Tensor();
   const auto matrix = [&](const Tensor& m) {  // the states innermost in memory where the input has them so
     if (m.dim() == 2) return new_floats(u, {p.batch, p.channels, p.states});
     if (m.stride(m.dim() - 2) != 1) return new_floats(u, {p.batch, p.groups, p.states, p.length});
