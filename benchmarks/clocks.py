@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -58,18 +59,22 @@ class GraphClock:
 
 
 class EagerClock:
-    """The time on the wall from the first of the calls until the device has done the last."""
+    """The time on the wall from the first of the calls until the device has done the last: of calls that together take
+    `least_s`, so that it is that of a loop and not of its start, when the device waits for the host."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, least_s: float):
+        self._least_s = least_s
         self._synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def prepare(self, call: Call, sets: int) -> Prepared:
-        def run() -> None:
-            for _ in range(sets):
+        def run(calls: int = sets) -> None:
+            for _ in range(calls):
                 call()
             self._synchronize()
 
-        return Prepared(run, sets)
+        run()  # what is compiled, chosen or allocated with the first calls
+        calls = sets * math.ceil(max(self._least_s / wall_clock(run), 1))
+        return Prepared(partial(run, calls), calls)
 
     def seconds(self, prepared: Prepared) -> float:
         return wall_clock(prepared.run) / prepared.calls

@@ -391,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     resident = 16 * info["multiprocessors"]  # programs of 128 threads
     limits, section = measure_ceilings(clock, console, device, args.rounds, 2**30, 4 * resident, 64)
     report(section, now())
-    bench = Bench(device, limits, clock, EagerClock(device), args.method, args.rounds, 0.05, 2**28, console)
+    bench = Bench(device, limits, clock, EagerClock(device, 0.2), args.method, args.rounds, 0.05, 2**28, console)
     for name in args.section:
         started = now()
         report(SECTIONS[name](bench), started)

@@ -35,7 +35,7 @@ def gpu():
 
 @pytest.fixture(scope="module")
 def bench(gpu):
-    clock, console = gpu.EagerClock(CPU), Console(file=io.StringIO())
+    clock, console = gpu.EagerClock(CPU, 0.0), Console(file=io.StringIO())
     found, section = gpu.measure_ceilings(clock, console, CPU, 2, copied=2**16, programs=2, repeats=1)
     assert section.figures["exp2"] == 2 * 1024 * 16 / section.figures["timings"]["exp2"]["median_s"]
     assert section.figures["bytes"] == 2 * 2**16 / section.figures["timings"]["bytes"]["median_s"]

@@ -119,10 +119,11 @@ def _check_mixer(
         raise ValueError(f"hidden_states: got shape {tuple(hidden_states.shape)}; expected (B, L, E)")
     if out_proj.weight.dim() != 2:
         raise ValueError(f"out_proj.weight: got shape {tuple(out_proj.weight.shape)}; expected (E', D)")
-    inputs, (outputs, channels) = hidden_states.shape[2], out_proj.weight.shape
-    shapes = ((2 * channels, inputs), (2 * channels,), (outputs, channels), (outputs,))
-    names = ("in_proj.weight", "in_proj.bias", "out_proj.weight", "out_proj.bias")
-    checked = [*zip(names, (*in_proj, *out_proj), shapes, strict=True)]
+    outputs, channels = out_proj.weight.shape
+    vector = (channels,)
+    device = hidden_states.device
+    _check_group("in_proj", in_proj, ((2 * channels, hidden_states.shape[2]), (2 * channels,)), device)
+    _check_group("out_proj", out_proj, ((outputs, channels), (outputs,)), device)
     for name, direction in (("forward", forward), ("backward", backward)):
         if direction is None:
             continue
@@ -132,18 +133,21 @@ def _check_mixer(
         width = direction.conv_weight.shape[-1]
         if width not in (2, 3, 4):
             raise ValueError(f"{name}.conv_weight: got width {width}; expected 2, 3 or 4")
-        vector = (channels,)
         shapes = ((channels, 1, width), vector, (rank + 2 * states, channels), (channels, rank), vector,
                   (channels, states), vector)  # fmt: skip
-        checked += zip((f"{name}.{field}" for field in Direction._fields), direction, shapes, strict=True)
-    device = hidden_states.device
-    for name, tensor, shape in checked:
+        _check_group(name, direction, shapes, device)
+
+
+def _check_group(name: str, group: Projection | Direction, shapes: tuple, device: torch.device) -> None:
+    for field, tensor, shape in zip(group._fields, group, shapes, strict=True):
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; expected {shape}")
+            raise ValueError(f"{name}.{field}: got shape {tuple(tensor.shape)}; expected {shape}")
         if tensor.device != device:
-            raise ValueError(f"{name}: got a tensor on {tensor.device}; expected {device}, where hidden_states is")
+            raise ValueError(
+                f"{name}.{field}: got a tensor on {tensor.device}; expected {device}, where hidden_states is"
+            )
 
 
 def _linear(x: Tensor, projection: Projection) -> Tensor:

@@ -271,7 +271,7 @@ def _setup_context(ctx, inputs, output):
     if tensors[8] is not None or addend is not None:
         raise NotImplementedError(
             "mamba_ssm::selective_scan_fwd has no derivative of its own where delta_weight or addend is given: "
-            "call selective_scan_fn, bidirectional_scan_fn or mixer_scan"
+            "call selective_scan_fn, bidirectional_scan_fn or mixer_fn"
         )
     ctx.save_for_backward(*tensors, output[2])
     ctx.has_initial_state = initial_state is not None
