@@ -70,6 +70,19 @@ def test_every_method(method, dtype, reverse):
     check(make_inputs(channels=19, length=65, states=6, dtype=dtype), method, reverse)
 
 
+@pytest.mark.parametrize("lanes", ["0", "4", "8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_division(method, dtype, lanes, monkeypatch):
+    """Whatever would be fastest: channels by threads, or their states spread over lanes."""
+    monkeypatch.setenv("MAMBA_SSM_SCAN_LANES", lanes)
+    for channels, length, states in ((200, 197, 16), (40, 61, 36)):
+        inputs = aligned(make_inputs(batch=3, channels=channels, length=length, states=states, dtype=dtype))
+        check(inputs, method, reverse=states == 36)
+        inputs["A"] = -0.5 - 16 * torch.rand(channels, states)
+        check(inputs, method)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method", METHODS)

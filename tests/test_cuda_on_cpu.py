@@ -37,6 +37,7 @@ from mamba_ssm.ops.selective_scan_ref import bidirectional_scan_ref
 
 ROOT = Path(__file__).resolve().parent.parent
 CXX = shlex.split(os.environ.get("CXX", "")) or [n for n in ("c++", "g++", "clang++") if shutil.which(n)][:1]
+LARGEST = ("scan_fwd", "scan_bwd", "scan_spread")
 OPERATORS = {
     "mamba_ssm": ("selective_scan_fwd", "selective_scan_bwd", "mixer_fwd", "mixer_bwd", "add_norm_fwd", "add_norm_bwd"),
     "causal_conv1d": ("conv_fwd", "conv_bwd", "conv_update"),
@@ -61,14 +62,13 @@ def emulated_library(tmp_path_factory) -> Path:
 
     def compile_source(source: Path) -> str:
         target = folder / f"{source.stem}.o"
-        fast = source.name.startswith(("scan_fwd", "scan_bwd"))
-        optimization = "-O1" if fast else "-O0"  # compiling takes longer than running
+        optimization = "-O1" if source.name.startswith(LARGEST) else "-O0"  # compiling takes longer than running
         subprocess.run([*CXX, *flags, optimization, "-x", "c++", "-c", source, "-o", target], check=True)
         return str(target)
 
     folders = [ROOT / "csrc" / name for name in ("common", "selective_scan", "causal_conv1d", "layer_norm", "mixer")]
     sources = [p for folder in folders for pattern in ("*.cu", "*_cuda.cpp") for p in folder.glob(pattern)]
-    sources.sort(key=lambda path: not path.name.startswith(("scan_fwd", "scan_bwd")))  # the longest first
+    sources.sort(key=lambda path: not path.name.startswith(LARGEST))
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_source, sources))
     library = folder / "cuda_on_cpu.so"
@@ -111,6 +111,12 @@ def emulated_operators(emulated_library):
 def on_emulated_kernels(emulated_operators):
     with OnEmulatedKernels(emulated_operators):
         yield
+
+
+@pytest.fixture(autouse=True)
+def channels_by_threads(monkeypatch):
+    """Most tests are small, and would all be scanned with the states of a channel spread over lanes."""
+    monkeypatch.setenv("MAMBA_SSM_SCAN_LANES", "0")
 
 
 def aligned(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -200,21 +206,66 @@ def test_sequences_in_segments(method, states, monkeypatch):
     check(inputs, method, reverse=states == 4)
 
 
-def test_number_of_segments(tmp_path):
-    """On an H200. The first shapes: Vim-Ti at 224², 512² and 1024² (batch 128, 16, 8), and 1 × 384 × 16385."""
+@pytest.mark.parametrize("lanes", ["4", "8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_states_spread_over_lanes(method, lanes, monkeypatch):
+    """A tile of channels that is not full; chunks of all lengths; where all |A| >= 0.5 and where not."""
+    monkeypatch.setenv("MAMBA_SSM_SCAN_LANES", lanes)
+    for dtype, length in ((torch.float32, 13), (torch.float16, 65), (torch.bfloat16, 37)):
+        inputs = aligned(make_inputs(batch=2, channels=24, length=length, states=16, dtype=dtype))
+        check(inputs, method, reverse=dtype == torch.bfloat16)
+        inputs["A"] = -0.5 - 16 * torch.rand(24, 16)
+        check(inputs, method, reverse=dtype != torch.bfloat16)
+
+
+@pytest.mark.parametrize("lanes", ["4", "8"])
+def test_states_spread_over_lanes_in_every_form(lanes, monkeypatch):
+    monkeypatch.setenv("MAMBA_SSM_SCAN_LANES", lanes)
+    monkeypatch.setenv("CUDA_ON_CPU_REVERSE_ORDER", "1")
+    for states in (4, 12, 36):
+        check(aligned(make_inputs(batch=1, channels=8, length=18, states=states)), "highorder", reverse=states == 4)
+    for absent in ("D", "z", "delta_bias", "initial_state"):
+        inputs = aligned(make_inputs(batch=1, channels=16, length=33, states=16, dtype=torch.bfloat16))
+        del inputs[absent]
+        check(inputs, "zoh")
+    groups = make_inputs(channels=48, length=9, states=4, dtype=torch.float16, forms=("two_groups", "varying"))
+    check(groups, "poly", reverse=True)
+    test_mixer.assert_right(test_mixer.make_inputs(torch.bfloat16, channels=40, length=300))
+
+
+def test_an_unknown_number_of_lanes_is_refused(monkeypatch):
+    monkeypatch.setenv("MAMBA_SSM_SCAN_LANES", "5")
+    with pytest.raises(RuntimeError, match="MAMBA_SSM_SCAN_LANES: got '5'; expected 0, 4, 8 or nothing"):
+        check(aligned(make_inputs(batch=1, channels=8, length=7, states=4)))
+
+
+def test_how_the_work_is_divided(tmp_path):
+    """On an H200: segments where the states are not spread over lanes, and lanes or segments forward.
+
+    The first shapes: Vim-Ti at 224², 512², 1024² (batch 128, 16, 8), 1 × 384 × 16385, and 1248² (batch 2)."""
     program = """
         #include <cstdio>
-        #include "../../csrc/selective_scan/launch_config.h"
+        #include <initializer_list>
+        #include <utility>
+        #include "launch_config.h"
+        using namespace mamba_ssm;
         int main() {
           for (auto [blocks, chunks] :
-               {std::pair{384, 25}, {48, 129}, {24, 513}, {3, 2049}, {99, 129}, {100, 129}, {3, 15}})
-            std::printf("%d ", mamba_ssm::tile::segment_count(blocks, chunks, 132));
+               {std::pair{384, 25}, {48, 129}, {24, 513}, {3, 2049}, {12, 761}, {99, 129}, {100, 129}, {3, 15}})
+            std::printf("%d ", tile::segment_count(blocks, chunks, 132));
+          for (auto [batch, length] : {std::pair{128, 197}, {16, 1025}, {8, 4097}, {1, 16385}, {2, 6085}, {64, 197},
+                                       {32, 197}, {8, 197}, {1, 197}, {32, 1025}, {8, 1025}, {4, 1025}}) {
+            const ForwardDivision d = divide_forward(batch, 384, length, 132);
+            std::printf("%d/%d ", d.lanes, d.segments);
+          }
         }"""
-    source = tmp_path / "count.cpp"
-    source.write_text(program.replace('"../../csrc', f'<utility>\n#include "{ROOT}/csrc'))
-    subprocess.run([*CXX, "-std=c++20", source, "-o", tmp_path / "count"], check=True)
-    counts = subprocess.run([tmp_path / "count"], check=True, capture_output=True, text=True).stdout
-    assert counts.split() == ["1", "8", "11", "88", "4", "1", "1"]
+    source = tmp_path / "divide.cpp"
+    source.write_text(program)
+    include = f"-I{ROOT / 'csrc' / 'selective_scan'}"
+    subprocess.run([*CXX, "-std=c++20", include, source, "-o", tmp_path / "divide"], check=True)
+    found = subprocess.run([tmp_path / "divide"], check=True, capture_output=True, text=True).stdout.split()
+    assert found[:8] == ["1", "8", "11", "88", "44", "4", "1", "1"]
+    assert found[8:] == ["0/1", "8/1", "0/11", "0/88", "0/44", "4/1", "4/1", "8/1", "8/1", "4/1", "8/1", "0/22"]
 
 
 @pytest.mark.parametrize("states", [1, 8, 16, 17, 64, 256])
@@ -292,11 +343,13 @@ def test_mixer_convolves_both_ways_at_once(width, channels, length):
     test_mixer.assert_right(test_mixer.make_inputs(channels=channels, length=length, width=width))
 
 
+@pytest.mark.parametrize("lanes", ["0", "4", "8"])
 @pytest.mark.parametrize("channels", [21, 72])
 @pytest.mark.parametrize("forms", [("varying", "varying"), ("constant", "two_groups")], ids="-".join)
-def test_no_races_and_every_element_written(forms, channels, monkeypatch):
+def test_no_races_and_every_element_written(forms, channels, lanes, monkeypatch):
     """The same bits whichever thread runs first and whenever copies arrive. Deterministic algorithms fill what
     torch.empty gives with NaN."""
+    monkeypatch.setenv("MAMBA_SSM_SCAN_LANES", lanes)
     states = 17 if channels == 21 else 20  # the general kernels and the fast ones
     inputs = make_inputs(channels=channels // 3 * 2, length=37, states=states, forms=forms, dtype=torch.bfloat16)
     weights = torch.randn(inputs["u"].shape).bfloat16(), torch.randn(inputs["initial_state"].shape)

@@ -40,6 +40,50 @@ constexpr int segment_count(std::int64_t blocks, std::int64_t chunks, std::int64
 
 }  // namespace tile
 
+// `spread_tile` is for few channels and batch elements, forward: the states of a channel are spread over 4 or 8
+// lanes of a warp, so that there are more warps, which walk through an undivided sequence. A block has the channels
+// that its threads make.
+namespace spread_tile {
+
+constexpr int kLanes[] = {4, 8};
+constexpr int kWarps = 16;  // of a multiprocessor, at least; they bound the registers of a thread
+constexpr int threads(int lanes) { return lanes == 4 ? 64 : 128; }
+constexpr std::int64_t tiles(std::int64_t channels, int lanes) {
+  const int width = threads(lanes) / lanes;
+  return (channels + width - 1) / width;
+}
+
+}  // namespace spread_tile
+
+// How the forward scan is divided: lanes of a channel in spread_tile, or 0 for tile, in so many segments.
+struct ForwardDivision {
+  int lanes, segments;
+};
+
+// What takes least time for so many batch elements times groups and channels of each, by cycles of one multiprocessor
+// of an H200 under zoh. A step takes `alone` cycles in however few blocks, and `each` for each block of the
+// multiprocessor where there are many; both passes over segments 6.2 for 32 channels' states, and their beginnings and
+// ends 25,000.
+constexpr ForwardDivision divide_forward(std::int64_t rows, std::int64_t channels, std::int64_t length,
+                                         std::int64_t multiprocessors) {
+  const auto steps = [=](std::int64_t blocks, int alone, int each) {
+    const std::int64_t of_each = (blocks + multiprocessors - 1) / multiprocessors * each;
+    return length * (of_each > alone ? of_each : alone);
+  };
+  const std::int64_t blocks = rows * ((channels + tile::kChannels - 1) / tile::kChannels);
+  const int segments = tile::segment_count(blocks, (length + tile::kSteps - 1) / tile::kSteps, multiprocessors);
+  ForwardDivision best{0, segments};
+  std::int64_t least = segments == 1
+                           ? steps(blocks, 300, 225)
+                           : 25000 + rows * channels * tile::kStates / 32 * length * 62 / 10 / multiprocessors;
+  for (int lanes : spread_tile::kLanes) {
+    const int alone = lanes == 4 ? 140 : 80, each = lanes == 4 ? 35 : 42;
+    const std::int64_t cycles = steps(rows * spread_tile::tiles(channels, lanes), alone, each);
+    if (cycles < least) least = cycles, best = {lanes, 1};
+  }
+  return best;
+}
+
 namespace general_tile {
 
 // A block owns kChannels neighbouring channels and kStates states. Two threads share a channel: lanes 0 to 15 of a warp

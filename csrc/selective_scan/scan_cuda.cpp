@@ -2,6 +2,9 @@
 // The schemas and what the arguments mean are in mamba_ssm/ops/selective_scan.py.
 //
 // Compiled with MAMBA_SSM_CUDA_ON_CPU the kernels are host code, and the operators take CPU tensors: a test does that.
+#include <cstdlib>
+#include <string>
+
 #include "row_sums.h"
 #include "scan_arguments.h"
 #include "scan_gpu.h"
@@ -94,6 +97,19 @@ GpuScan make_launch(const ScanParams& p, bool fast, i64 checkpoint_steps) {
   return scan;
 }
 
+// Lanes of a channel in the forward kernels for few channels, or 0 for the others. MAMBA_SSM_SCAN_LANES in the
+// environment decides instead, for tests and measurements.
+int spread_lanes(const ScanParams& p) {
+  const char* wish = std::getenv("MAMBA_SSM_SCAN_LANES");
+  if (wish == nullptr || *wish == 0) {
+    return divide_forward(p.batch * p.groups, p.channels / p.groups, p.length, multiprocessor_count()).lanes;
+  }
+  for (int lanes : {0, 4, 8}) {
+    if (wish == std::to_string(lanes)) return lanes;
+  }
+  STD_TORCH_CHECK(false, "MAMBA_SSM_SCAN_LANES: got '", wish, "'; expected 0, 4, 8 or nothing");
+}
+
 // What a split sequence needs: the segments' sums and the states between them.
 class Segments {
  public:
@@ -163,7 +179,8 @@ ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, Optional
     sum = new_activation(u, ScalarType::Float);
     sum_rows = activation(sum, "sum", u);
   }
-  const Segments segments(u, scan, fast);
+  const int lanes = fast ? spread_lanes(p) : 0;
+  const Segments segments(u, scan, fast && lanes == 0);
   for (; scan.first_state < p.states; scan.first_state += tile::kStates) {
     const bool first = scan.first_state == 0, last = scan.first_state + tile::kStates >= p.states;
     scan.states = static_cast<int>(std::min<i64>(tile::kStates, p.states - scan.first_state));
@@ -180,6 +197,10 @@ ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, Optional
       const auto run = [&](Output kind, const SegmentSums& sums) {
         check_launch(launch_scan_forward<dtype.value>(scan, kind, sums, device.stream()));
       };
+      if (lanes > 0) {
+        const Output kind = scan.p.z.data == nullptr ? Output::plain : Output::gated;
+        return check_launch(launch_scan_spread<dtype.value>(scan, lanes, kind, device.stream()));
+      }
       if (scan.segments > 1) {
         run(Output::none, segments.sums());
         check_launch(

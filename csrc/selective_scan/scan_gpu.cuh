@@ -128,6 +128,15 @@ struct QuickLimits {
   bool any = true;
   float least = 0.0f, most = 0.0f;
 
+  // Of the least and the greatest |A|.
+  MAMBA_SSM_DEVICE QuickLimits(float smallest, float largest) {
+    if constexpr (!kAlways) {
+      any = smallest >= Quick::kSmallestA;
+      least = Quick::kSmallestX / smallest;
+      most = 3e38f;
+      if constexpr (Gradient) most = Quick::kLargestX / largest;
+    }
+  }
   MAMBA_SSM_DEVICE explicit QuickLimits(const States& A) {
     if constexpr (!kAlways) {
       float smallest = fabsf(A[0][0]), largest = smallest;
@@ -144,10 +153,7 @@ struct QuickLimits {
         smallest = fminf(smallest, shuffle_xor(smallest, i));
         largest = fmaxf(largest, shuffle_xor(largest, i));
       }
-      any = warp_all(smallest >= Quick::kSmallestA);
-      least = Quick::kSmallestX / smallest;
-      most = 3e38f;
-      if constexpr (Gradient) most = Quick::kLargestX / largest;
+      *this = QuickLimits(smallest, largest);
     }
   }
   // A pair of channels at a step, if there are such a step and such channels.

@@ -66,6 +66,9 @@ struct DeltaProjection {
 // Each starts on the given stream and returns null, or what went wrong.
 template <Dtype T>
 const char* launch_scan_forward(const GpuScan& scan, Output kind, const SegmentSums& sums, void* stream);
+// The same of an undivided sequence, the states of a channel spread over so many lanes: 4 or 8.
+template <Dtype T>
+const char* launch_scan_spread(const GpuScan& scan, int lanes, Output kind, void* stream);
 // With `sums`: those of each segment's adjoints, and nothing else.
 template <Dtype T>
 const char* launch_scan_backward(const GpuScan& scan, const GpuScanGradients& gradients, const SegmentSums* sums,

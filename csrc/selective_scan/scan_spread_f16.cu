@@ -1,0 +1,7 @@
+#include "scan_spread.cuh"
+
+namespace mamba_ssm {
+
+template const char* launch_scan_spread<Dtype::f16>(const GpuScan&, int, Output, void*);
+
+}  // namespace mamba_ssm
