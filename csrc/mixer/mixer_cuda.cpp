@@ -16,8 +16,8 @@ namespace mamba_ssm {
 
 const std::int64_t kColumnAlignment = 8;
 
+// These operators make the tensors' device the current one themselves.
 void multiply_matrices(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& addend) {
-  const DeviceOf device(out);
   if (addend.has_value()) {
     TORCH_ERROR_CODE_CHECK(MAMBA_SSM_SHIM(addmm_out)(out.get(), addend->get(), a.get(), b.get(), 1.0, 1.0));
   } else {

@@ -2,6 +2,7 @@
 // never linked.
 #include "../selective_scan/scan_bwd.cuh"
 #include "../selective_scan/scan_fwd.cuh"
+#include "../selective_scan/scan_spread.cuh"
 
 namespace mamba_ssm {
 
@@ -9,5 +10,7 @@ template __global__ void scan_forward_kernel<Zoh, Dtype::bf16, Output::gated>(co
                                                                               const __grid_constant__ SegmentSums);
 template __global__ void scan_backward_kernel<Zoh, Dtype::bf16>(const __grid_constant__ GpuScan,
                                                                 const __grid_constant__ GpuScanGradients);
+template __global__ void scan_spread_kernel<Zoh, Dtype::bf16, Output::gated, 4>(const __grid_constant__ GpuScan);
+template __global__ void scan_spread_kernel<Zoh, Dtype::bf16, Output::gated, 8>(const __grid_constant__ GpuScan);
 
 }  // namespace mamba_ssm
