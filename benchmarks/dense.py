@@ -29,6 +29,7 @@ from mmengine.structures import InstanceData, PixelData
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
+from mamba_ssm._backend import is_out_of_memory
 from mamba_ssm.ops.discretization_ref import METHODS, PAPER_METHODS
 from vim.openmmlab.runs import load_config
 from vim.provenance import environment
@@ -113,7 +114,7 @@ class Training:
 
 
 def measure(cfg: Config, task: str, batch: int, side: int, steps: int, device: torch.device) -> dict[str, Any]:
-    """One method's row. Raises torch.OutOfMemoryError if the batch does not fit."""
+    """One method's row. Raises RuntimeError, see `is_out_of_memory`, if the batch does not fit."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     training = Training(cfg, device)
@@ -180,8 +181,8 @@ def rows(args: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]
             try:
                 row = measure(cfg, args.task, batch, side, args.steps, device)
                 break
-            except torch.OutOfMemoryError:
-                if batch == 1:
+            except RuntimeError as error:
+                if batch == 1 or not is_out_of_memory(error):
                     raise
                 console.print(f"{method}: {batch} images do not fit, trying {batch // 2}")
                 batch //= 2

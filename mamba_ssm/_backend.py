@@ -79,6 +79,12 @@ def _choose(device_type: str, dtype: torch.dtype, use_cuda_kernel: bool | None) 
     return True
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is torch.OutOfMemoryError or what the compiled operators raise instead: torch's C interface, by which
+    they make tensors, keeps no types."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(error)
+
+
 def use_kernel(tensor: Tensor, use_cuda_kernel: bool | None = None) -> bool:
     """Whether the compiled operators run for `tensor`'s device and dtype; else the PyTorch reference does.
 

@@ -118,8 +118,9 @@ def test_reference_has_a_speed_but_no_flops(tmp_path, capsys, monkeypatch):
     assert "PyTorch reference" in capsys.readouterr().out
 
 
-def test_out_of_memory_is_a_row_and_the_others_go_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "inference", out_of_memory_at(2, benchmark.inference))
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no more"), RuntimeError("new_tensor, CUDA out of memory.")])
+def test_out_of_memory_is_a_row_and_the_others_go_on(error, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "inference", out_of_memory_at(2, benchmark.inference, error))
     path = tmp_path / "rows.json"
     command = ["--models", "vit_tiny_patch16_224", *FAST, "--batch-size", "2", "1", "--json", str(path)]
     assert main(command) == 0
@@ -128,10 +129,10 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(tmp_path, capsys, monkeypat
     assert "2 images of 32² pixels: out of memory on cpu" in capsys.readouterr().out
 
 
-def out_of_memory_at(batch, step):
+def out_of_memory_at(batch, step, error):
     def run(model, images):
         if len(images) == batch:
-            raise torch.OutOfMemoryError("no more")
+            raise error
         step(model, images)
 
     return run

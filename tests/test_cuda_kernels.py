@@ -24,6 +24,7 @@ from torch import Tensor
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from mamba_ssm import _backend
+from mamba_ssm._backend import is_out_of_memory
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import METHODS
 from mamba_ssm.ops.selective_scan import bidirectional_scan_fn, selective_scan_fn
@@ -238,6 +239,20 @@ def test_mixer(method, dtype):
     # rounded between, which is one unit more.
     floor = max(3 * mixer_tests.FLOOR, floor_of(dtype, method), torch.finfo(dtype).eps / 2)
     mixer_tests.assert_right(inputs.map(Tensor.cuda), floor, scale=0.5, discretization_method=method)
+
+
+def test_out_of_memory_is_recognized():
+    mixer = Mamba(64, bimamba_type="v2")
+    x = torch.randn(64, 2048, 64)  # x and z take 128 MiB
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved() + (32 << 20)
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(RuntimeError) as caught, torch.no_grad():
+            mixer(x)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert is_out_of_memory(caught.value)
 
 
 def make_mixer(length: int = 197, batch: int = 4, dtype: torch.dtype = torch.float32):

@@ -233,6 +233,13 @@ def test_states_spread_over_lanes_in_every_form(lanes, monkeypatch):
     test_mixer.assert_right(test_mixer.make_inputs(torch.bfloat16, channels=40, length=300))
 
 
+def test_lanes_are_chosen(monkeypatch):
+    """The emulated device has two multiprocessors: two tiles of 16 channels are scanned by 8 lanes each."""
+    monkeypatch.delenv("MAMBA_SSM_SCAN_LANES")
+    check(aligned(make_inputs(batch=1, channels=24, length=37, states=16)), "zoh")
+    test_mixer.assert_right(test_mixer.make_inputs())
+
+
 def test_an_unknown_number_of_lanes_is_refused(monkeypatch):
     monkeypatch.setenv("MAMBA_SSM_SCAN_LANES", "5")
     with pytest.raises(RuntimeError, match="MAMBA_SSM_SCAN_LANES: got '5'; expected 0, 4, 8 or nothing"):
@@ -240,7 +247,7 @@ def test_an_unknown_number_of_lanes_is_refused(monkeypatch):
 
 
 def test_how_the_work_is_divided(tmp_path):
-    """On an H200: segments where the states are not spread over lanes, and lanes or segments forward.
+    """On an H200: segments, and lanes of a channel forward.
 
     The first shapes: Vim-Ti at 224², 512², 1024² (batch 128, 16, 8), 1 × 384 × 16385, and 1248² (batch 2)."""
     program = """
@@ -255,8 +262,10 @@ def test_how_the_work_is_divided(tmp_path):
             std::printf("%d ", tile::segment_count(blocks, chunks, 132));
           for (auto [batch, length] : {std::pair{128, 197}, {16, 1025}, {8, 4097}, {1, 16385}, {2, 6085}, {64, 197},
                                        {32, 197}, {8, 197}, {1, 197}, {32, 1025}, {8, 1025}, {4, 1025}}) {
-            const ForwardDivision d = divide_forward(batch, 384, length, 132);
-            std::printf("%d/%d ", d.lanes, d.segments);
+            std::printf("%d ", forward_lanes(batch, 384, length, 132));
+          }
+          for (auto [batch, channels] : {std::pair{4096, 96}, {4096, 16}, {1, 96}}) {
+            std::printf("%d ", forward_lanes(batch, channels, 197, 132));
           }
         }"""
     source = tmp_path / "divide.cpp"
@@ -265,7 +274,8 @@ def test_how_the_work_is_divided(tmp_path):
     subprocess.run([*CXX, "-std=c++20", include, source, "-o", tmp_path / "divide"], check=True)
     found = subprocess.run([tmp_path / "divide"], check=True, capture_output=True, text=True).stdout.split()
     assert found[:8] == ["1", "8", "11", "88", "22", "4", "1", "1"]
-    assert found[8:] == ["0/1", "8/1", "0/11", "0/88", "0/44", "4/1", "4/1", "8/1", "8/1", "4/1", "8/1", "0/22"]
+    assert found[8:20] == ["0", "8", "0", "0", "0", "4", "4", "8", "8", "4", "8", "0"]
+    assert found[20:] == ["0", "4", "8"]  # many sequences of few channels, and one
 
 
 @pytest.mark.parametrize("states", [1, 8, 16, 17, 64, 256])

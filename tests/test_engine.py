@@ -366,7 +366,9 @@ def test_a_layer_within_a_mixer_is_named():
     model = create_model(parse_args([*VIM, *DIGITS]), 10)
     with torch.no_grad():
         model.layers[1].mixer.in_proj.weight.fill_(3e38)
-    assert "layers.1.mixer" in first_nonfinite(model, torch.rand(2, 1, 8, 8), autocast(CPU, "none"), {})
+    assert "layers.1.mixer.in_proj (Linear)" in first_nonfinite(
+        model, torch.rand(2, 1, 8, 8), autocast(CPU, "none"), {}
+    )
 
 
 def test_a_batch_is_skipped(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamba_ssm import _backend
@@ -172,6 +173,50 @@ def test_state_space_parameters():
     assert model.gamma.shape == (D_MODEL,) and (model.gamma == 0.25).all()
     assert model.in_proj.weight.dtype == torch.bfloat16
     assert model(sequence(dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+class Adapted(nn.Module):
+    """A linear layer with an adapter, as libraries for fine-tuning put it in the layer's place."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer = layer
+        self.adapter = nn.Linear(layer.in_features, layer.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    def forward(self, x):
+        return self.layer(x) + self.adapter(x)
+
+
+@pytest.mark.parametrize("name", ["in_proj", "out_proj"])
+@pytest.mark.parametrize("kind", ["none", "v2"])
+def test_projections_may_be_replaced(kind, name):
+    model = mixer(bimamba_type=kind)
+    plain = model(sequence())
+    setattr(model, name, Adapted(getattr(model, name)))
+    adapter = getattr(model, name).adapter
+    out = model(sequence())
+    assert not torch.allclose(out, plain)
+    out.sum().backward()
+    assert adapter.weight.grad.abs().sum() > 0
+    nn.init.zeros_(adapter.weight)
+    torch.testing.assert_close(model(sequence()), plain)
+
+
+@pytest.mark.parametrize("name", ["in_proj", "out_proj"])
+def test_hooks_of_projections_are_called(name):
+    model = mixer(bimamba_type="v2")
+    plain, seen = model(sequence()), []
+    with getattr(model, name).register_forward_hook(lambda layer, inputs, output: seen.append(output.shape)):
+        torch.testing.assert_close(model(sequence()), plain)
+    assert len(seen) == 1 and len(seen[0]) == 3
+    prune.l1_unstructured(getattr(model, name), "weight", amount=0.5)
+    for _ in range(2):
+        model(sequence()).sum().backward()
+    assert not torch.allclose(model(sequence()), plain)
 
 
 class MixerCalls(TorchDispatchMode):

@@ -20,8 +20,8 @@ class Inputs(NamedTuple):
     """What `mixer_fn` takes."""
 
     hidden_states: Tensor
-    in_proj: Projection
-    out_proj: Projection
+    in_proj: Projection | None
+    out_proj: Projection | None
     forward: Direction | None
     backward: Direction | None
 
@@ -118,6 +118,17 @@ def test_single_directions_layouts_and_absent_tensors(ways, layout, bias):
 
 
 @needs_kernel
+@pytest.mark.parametrize("channels", [CHANNELS, 1])
+@pytest.mark.parametrize("absent", [("in_proj",), ("out_proj",), ("in_proj", "out_proj")], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_outer_projections(dtype, absent, channels):
+    inputs = make_inputs(dtype, channels=channels)._replace(**dict.fromkeys(absent))
+    if "in_proj" in absent:
+        inputs = inputs._replace(hidden_states=torch.randn(BATCH, LENGTH, 2 * channels).to(dtype))
+    assert_right(inputs, scale=0.5)
+
+
+@needs_kernel
 def test_one_channel():
     assert_right(make_inputs(channels=1))
 
@@ -155,6 +166,8 @@ def test_second_derivatives_are_refused():
         ({"D": torch.zeros(3)}, "backward.D: got shape"),
         ({"conv_weight": torch.zeros(CHANNELS, 1, 5)}, "backward.conv_weight: got width 5; expected 2, 3 or 4"),
         ({"D": torch.zeros(CHANNELS, device="meta")}, "backward.D: got a tensor on meta; expected cpu"),
+        ({"D": torch.zeros(CHANNELS, dtype=torch.int8)}, "backward.D: got torch.int8 beside hidden_states in torch.fl"),
+        ({"D": torch.zeros(CHANNELS).double()}, "backward.D: got torch.float64 beside hidden_states in torch.float32"),
     ],
 )
 def test_wrong_parameters_are_named(change, message):
@@ -170,8 +183,17 @@ def test_wrong_parameters_are_named(change, message):
         ({"hidden_states": torch.zeros(2, 41, 19)}, r"in_proj.weight: got shape \(72, 20\); expected \(72, 19\)"),
         ({"in_proj": Projection(torch.zeros(71, INPUTS), None)}, "in_proj.weight: got shape"),
         ({"in_proj": Projection(torch.zeros(72, INPUTS), torch.zeros(36))}, "in_proj.bias: got shape"),
-        ({"out_proj": Projection(torch.zeros(OUTPUTS), None)}, "out_proj.weight: got shape"),
+        (
+            {"out_proj": Projection(torch.zeros(OUTPUTS), None)},
+            r"out_proj.weight: got shape \(28,\); expected \(28, 36\)",
+        ),
         ({"out_proj": Projection(torch.zeros(OUTPUTS, CHANNELS), torch.zeros(1))}, "out_proj.bias: got shape"),
+        ({"hidden_states": torch.zeros(0, 41, 20)}, r"got shape \(0, 41, 20\); expected \(B, L, E\), each at least 1"),
+        (
+            {"hidden_states": torch.zeros(2, 41, 20, dtype=torch.int64)},
+            "hidden_states: got torch.int64; expected",
+        ),
+        ({"in_proj": None}, r"hidden_states: got shape \(2, 41, 20\); expected \(B, L, 72\): in_proj is None"),
         ({"forward": None, "backward": None}, "expected a Direction for at least one"),
     ],
 )
@@ -186,8 +208,11 @@ def test_wrong_inputs_and_projections_are_named(change, message):
 def test_operators_keep_their_promises(bias, ways):
     """Schemas and fake implementations, against the real ones."""
     inputs = make_inputs(bias=bias).only(ways)
-    absent = (None,) * len(Direction._fields)
-    tensors = (inputs.hidden_states, *(t for group in inputs[1:] for t in (group or absent)))
+    if ways == "b":
+        inputs = inputs._replace(in_proj=None, out_proj=None, hidden_states=torch.randn(BATCH, LENGTH, 2 * CHANNELS))
+    sizes = (len(Projection._fields),) * 2 + (len(Direction._fields),) * 2
+    groups = (group or (None,) * size for group, size in zip(inputs[1:], sizes, strict=True))
+    tensors = (inputs.hidden_states, *(t for group in groups for t in group))
     options = (0.5, True, "poly", 32)
     torch.library.opcheck(torch.ops.mamba_ssm.mixer_fwd.default, (*tensors, *options))
     out, *kept = torch.ops.mamba_ssm.mixer_fwd(*tensors, *options)

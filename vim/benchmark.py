@@ -37,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from mamba_ssm._backend import is_out_of_memory
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import METHODS, PAPER_METHODS
 from vim.config import is_vision_mamba
@@ -201,9 +202,9 @@ def _measure(
         memory = _peak_memory(device, held_before)
         timing = _timing(step, model, images, seconds, cuda_graph)
         flops, note = _flops_per_image(model, images[:2], train)  # two: batch norm in training wants more than one
-    except torch.OutOfMemoryError:
-        return replace(row, note=f"{name}, {batch_size} images of {input_size}² pixels: out of memory on {device}")
     except (RuntimeError, ValueError, AssertionError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            return replace(row, note=f"{name}, {batch_size} images of {input_size}² pixels: out of memory on {device}")
         raise BenchmarkError(
             f"{name} failed on {batch_size} images of {input_size}² pixels on {device}: {error}"
         ) from error

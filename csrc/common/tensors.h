@@ -34,8 +34,11 @@ inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtyp
   const Sizes strides = contiguous_strides(sizes);
   AtenTensorHandle handle = nullptr;
   const auto type = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  type, device, index, &handle));
+  const auto error = aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                              type, device, index, &handle);
+  // The C interface keeps no exception's type; by these words others know this one, mamba_ssm/_backend.py too.
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "CUDA out of memory. Tried to make a tensor of ",
+                  sizes.empty() ? 1 : sizes[0] * strides[0], " elements");
   return Tensor(handle);
 }
 inline Tensor new_tensor(const Tensor& like, const Sizes& sizes) { return new_tensor(like, sizes, like.scalar_type()); }
@@ -77,7 +80,7 @@ class Scratch {
   Tensor floats(const Sizes& sizes) { return tensor(sizes, ScalarType::Float); }
   // The large tensors made so far are not read any more by what is launched from now on.
   void release() {
-    for (Large& large : large_) large.free = true;
+    for (Kept& kept : kept_) kept.free = true;
   }
 
  private:
@@ -85,7 +88,7 @@ class Scratch {
     OptionalTensor memory;
     std::int64_t used = 0;
   };
-  struct Large {
+  struct Kept {
     Tensor memory;
     std::int64_t count;
     ScalarType dtype;
@@ -103,18 +106,18 @@ class Scratch {
     return result;
   }
   Tensor large(const Sizes& sizes, std::int64_t count, ScalarType dtype) {
-    for (Large& large : large_) {
-      if (!large.free || large.count != count || large.dtype != dtype) continue;
-      large.free = false;
-      return view_of(large.memory, sizes, contiguous_strides(sizes));
+    for (Kept& kept : kept_) {
+      if (!kept.free || kept.count != count || kept.dtype != dtype) continue;
+      kept.free = false;
+      return view_of(kept.memory, sizes, contiguous_strides(sizes));
     }
-    large_.push_back({new_tensor(like_, sizes, dtype), count, dtype, false});
-    return large_.back().memory;
+    kept_.push_back({new_tensor(like_, sizes, dtype), count, dtype, false});
+    return kept_.back().memory;
   }
 
   Tensor like_;
   Pool floats_, halves_;
-  std::vector<Large> large_;
+  std::vector<Kept> kept_;
 };
 // With a scratch, there.
 inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtype, Scratch* scratch) {

@@ -25,24 +25,26 @@ void run_matrix_jobs(const std::vector<MatrixJob>& jobs, const Tensor& like);
 
 // ---- a mixer's parameters ------------------------------------------------------------------------------------------
 
-constexpr int kOuterTensors = 4;
+// Where the outer projections' tensors are among all parameters.
+enum OuterTensor { kInWeight, kInBias, kOutWeight, kOutBias, kOuterTensors };
 
-// The first of all parameters: in_proj and out_proj.
 struct OuterProjections {
-  Tensor in_weight;  // (2 channels, inputs): gives x, then z
+  OptionalTensor in_weight;  // (2 channels, inputs): gives x, then z; without, they are given
   OptionalTensor in_bias;
-  Tensor out_weight;  // (outputs, channels)
+  OptionalTensor out_weight;  // (outputs, channels); without, the gated sum is the result
   OptionalTensor out_bias;
-  std::int64_t inputs, channels, outputs;
 
-  OuterProjections(Tensor in_weight, OptionalTensor in_bias, Tensor out_weight, OptionalTensor out_bias)
-      : in_weight(in_weight), in_bias(in_bias), out_weight(out_weight), out_bias(out_bias) {
-    STD_TORCH_CHECK(in_weight.dim() == 2 && out_weight.dim() == 2,
-                    "in_proj_weight must be (2 channels, inputs) and out_proj_weight (outputs, channels)");
-    inputs = in_weight.size(1), channels = out_weight.size(1), outputs = out_weight.size(0);
+  // inputs: the last dimension of hidden_states.
+  void check(std::int64_t inputs, std::int64_t channels) const {
+    STD_TORCH_CHECK(in_weight.has_value() || (!in_bias.has_value() && inputs == 2 * channels),
+                    "hidden_states: expected x and z, ", 2 * channels, " columns, where there is no in_proj_weight");
+    STD_TORCH_CHECK(out_weight.has_value() ? out_weight->dim() == 2 : !out_bias.has_value(),
+                    "out_proj_weight must be (outputs, channels), or None and so its bias");
     check_shape(in_weight, {2 * channels, inputs}, "in_proj_weight");
     check_shape(in_bias, {2 * channels}, "in_proj_bias");
-    check_shape(out_bias, {outputs}, "out_proj_bias");
+    if (!out_weight.has_value()) return;
+    check_shape(out_weight, {out_weight->size(0), channels}, "out_proj_weight");
+    check_shape(out_bias, {out_weight->size(0)}, "out_proj_bias");
   }
 };
 
@@ -198,17 +200,18 @@ inline PreparedMixer prepare(const OuterProjections& outer, const std::vector<Mi
                              const Tensor& activations, bool backward, Scratch& scratch) {
   std::vector<MatrixJob> jobs;
   const auto tensor = [&](const Sizes& sizes) { return scratch.tensor(sizes, activations.scalar_type()); };
-  const auto convert = [&](Tensor& t) {
-    if (t.scalar_type() == activations.scalar_type()) return;
-    const Tensor converted = tensor(sizes_of(t));
-    jobs.push_back(copy_job(MatrixView(t), MatrixView(converted)));
+  const auto convert = [&](OptionalTensor& t) {
+    if (!t.has_value() || t->scalar_type() == activations.scalar_type()) return;
+    const Tensor converted = tensor(sizes_of(*t));
+    jobs.push_back(copy_job(MatrixView(*t), MatrixView(converted)));
     t = converted;
   };
   PreparedMixer prepared{outer, {}};
   convert(prepared.outer.in_weight);
   convert(prepared.outer.out_weight);
-  for (OptionalTensor* bias : {&prepared.outer.in_bias, &prepared.outer.out_bias}) {
-    if (bias->has_value() && !backward) convert(**bias);
+  if (!backward) {
+    convert(prepared.outer.in_bias);
+    convert(prepared.outer.out_bias);
   }
   for (const MixerDirection& d : directions) {
     PreparedDirection p{scratch.floats({d.channels, d.states}),
@@ -288,26 +291,30 @@ inline Tensor as_rows(const Tensor& t) {  // (batch, length, channels), contiguo
 
 using MixerResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-inline MixerResults mixer_forward(Tensor hidden_states, Tensor in_proj_weight, OptionalTensor in_proj_bias,
-                                  Tensor out_proj_weight, OptionalTensor out_proj_bias, OptionalTensor conv_weight,
-                                  OptionalTensor conv_bias, OptionalTensor x_proj_weight, OptionalTensor dt_weight,
-                                  OptionalTensor dt_bias, OptionalTensor A_log, OptionalTensor D,
-                                  OptionalTensor conv_weight_b, OptionalTensor conv_bias_b,
+// What is kept is empty where it would be an input or the result itself.
+inline MixerResults mixer_forward(Tensor hidden_states, OptionalTensor in_proj_weight, OptionalTensor in_proj_bias,
+                                  OptionalTensor out_proj_weight, OptionalTensor out_proj_bias,
+                                  OptionalTensor conv_weight, OptionalTensor conv_bias, OptionalTensor x_proj_weight,
+                                  OptionalTensor dt_weight, OptionalTensor dt_bias, OptionalTensor A_log,
+                                  OptionalTensor D, OptionalTensor conv_weight_b, OptionalTensor conv_bias_b,
                                   OptionalTensor x_proj_weight_b, OptionalTensor dt_weight_b, OptionalTensor dt_bias_b,
                                   OptionalTensor A_b_log, OptionalTensor D_b, double scale, bool delta_softplus,
                                   std::string method, std::int64_t checkpoint_steps) {
-  const OuterProjections outer(in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias);
+  const OuterProjections outer{in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias};
   const auto directions =
       mixer_directions({conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, conv_weight_b, conv_bias_b,
                         x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b});
   STD_TORCH_CHECK(hidden_states.dim() == 3, "hidden_states must be (batch, length, inputs)");
-  const std::int64_t batch = hidden_states.size(0), length = hidden_states.size(1);
-  check_shape(hidden_states, {batch, length, outer.inputs}, "hidden_states");
+  const std::int64_t batch = hidden_states.size(0), length = hidden_states.size(1), channels = directions[0].channels;
+  outer.check(hidden_states.size(2), channels);
   const Tensor hidden = as_contiguous(hidden_states);
   Scratch scratch(hidden), passing(hidden);  // passing: of one direction
   const PreparedMixer prepared = prepare(outer, directions, hidden, false, scratch);
-  const Tensor xz = new_tensor(hidden, {batch, length, 2 * outer.channels});
-  multiply_matrices(as_rows(xz), as_rows(hidden), transposed(prepared.outer.in_weight), prepared.outer.in_bias);
+  Tensor xz = hidden;
+  if (outer.in_weight.has_value()) {
+    xz = new_tensor(hidden, {batch, length, 2 * channels});
+    multiply_matrices(as_rows(xz), as_rows(hidden), transposed(*prepared.outer.in_weight), prepared.outer.in_bias);
+  }
   const Tensor x = half_of(xz, 0), z = half_of(xz, 1);
   OptionalTensor sum;
   std::array<OptionalTensor, 4> kept;
@@ -338,30 +345,36 @@ inline MixerResults mixer_forward(Tensor hidden_states, Tensor in_proj_weight, O
     kept[d.reverse ? 3 : 1] = checkpoints;
     passing.release();
   }
-  const Tensor out = new_tensor(hidden, {batch, length, outer.outputs});
-  multiply_matrices(as_rows(out), rows_of(*sum), transposed(prepared.outer.out_weight), prepared.outer.out_bias);
-  const auto result = [&](int i) { return kept[i].has_value() ? *kept[i] : new_tensor(x, {0}); };
-  return {out, xz, *sum, result(0), result(1), result(2), result(3)};
+  const auto nothing = [&] { return new_tensor(hidden, {0}); };
+  const auto result = [&](int i) { return kept[i].has_value() ? *kept[i] : nothing(); };
+  Tensor out = transposed(*sum, 1, 2), y = *sum;
+  if (outer.out_weight.has_value()) {
+    out = new_tensor(hidden, {batch, length, outer.out_weight->size(0)});
+    multiply_matrices(as_rows(out), rows_of(y), transposed(*prepared.outer.out_weight), prepared.outer.out_bias);
+  } else {
+    y = nothing();
+  }
+  return {out, outer.in_weight.has_value() ? xz : nothing(), y, result(0), result(1), result(2), result(3)};
 }
 
 using MixerGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                   Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Tensor in_proj_weight,
-                                     OptionalTensor in_proj_bias, Tensor out_proj_weight, OptionalTensor out_proj_bias,
-                                     OptionalTensor conv_weight, OptionalTensor conv_bias, OptionalTensor x_proj_weight,
-                                     OptionalTensor dt_weight, OptionalTensor dt_bias, OptionalTensor A_log,
-                                     OptionalTensor D, OptionalTensor conv_weight_b, OptionalTensor conv_bias_b,
-                                     OptionalTensor x_proj_weight_b, OptionalTensor dt_weight_b,
-                                     OptionalTensor dt_bias_b, OptionalTensor A_b_log, OptionalTensor D_b, Tensor xz,
-                                     Tensor y, Tensor projected, Tensor checkpoints, Tensor projected_b,
-                                     Tensor checkpoints_b, double scale, bool delta_softplus, std::string method,
-                                     std::int64_t checkpoint_steps) {
+inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, OptionalTensor in_proj_weight,
+                                     OptionalTensor in_proj_bias, OptionalTensor out_proj_weight,
+                                     OptionalTensor out_proj_bias, OptionalTensor conv_weight, OptionalTensor conv_bias,
+                                     OptionalTensor x_proj_weight, OptionalTensor dt_weight, OptionalTensor dt_bias,
+                                     OptionalTensor A_log, OptionalTensor D, OptionalTensor conv_weight_b,
+                                     OptionalTensor conv_bias_b, OptionalTensor x_proj_weight_b,
+                                     OptionalTensor dt_weight_b, OptionalTensor dt_bias_b, OptionalTensor A_b_log,
+                                     OptionalTensor D_b, Tensor xz, Tensor y, Tensor projected, Tensor checkpoints,
+                                     Tensor projected_b, Tensor checkpoints_b, double scale, bool delta_softplus,
+                                     std::string method, std::int64_t checkpoint_steps) {
   const std::array<OptionalTensor, kOuterTensors + 2 * kDirectionTensors> parameters{
       in_proj_weight, in_proj_bias,    out_proj_weight, out_proj_bias, conv_weight, conv_bias,
       x_proj_weight,  dt_weight,       dt_bias,         A_log,         D,           conv_weight_b,
       conv_bias_b,    x_proj_weight_b, dt_weight_b,     dt_bias_b,     A_b_log,     D_b};
-  const OuterProjections outer(in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias);
+  const OuterProjections outer{in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias};
   const auto directions =
       mixer_directions({conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, conv_weight_b, conv_bias_b,
                         x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b});
@@ -402,10 +415,15 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Tensor i
     finish(index, MatrixView(alive.back()));
   };
 
-  finish_weight(2, dout_rows, rows_of(y));
-  finish_bias(3, dout_rows);
+  if (!outer.in_weight.has_value()) xz = hidden;
   const Tensor x = half_of(xz, 0), z = half_of(xz, 1);
-  const Tensor dy = sequences_of(multiply(dout_rows, prepared.outer.out_weight), x);
+  OptionalTensor dy_rows;
+  if (outer.out_weight.has_value()) {
+    finish_weight(kOutWeight, dout_rows, rows_of(y));
+    finish_bias(kOutBias, dout_rows);
+    dy_rows = multiply(dout_rows, *prepared.outer.out_weight);
+  }
+  const Tensor dy = sequences_of(dy_rows.has_value() ? *dy_rows : dout_rows, x);
   const Tensor dxz = new_tensor(hidden, sizes_of(xz));
   const Tensor dx = half_of(dxz, 0), dz_target = half_of(dxz, 1);
   std::vector<Tensor> dinputs;
@@ -455,11 +473,14 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Tensor i
     finish(directions[i].index, MatrixView(conv.dweight[i]));
     if (directions[i].conv_bias.has_value()) finish(directions[i].index + 1, MatrixView(conv.dbias[i]));
   }
-  const Tensor dxz_rows = as_rows(dxz);
-  finish_weight(0, dxz_rows, as_rows(hidden));
-  finish_bias(1, dxz_rows);
-  const Tensor dhidden = new_tensor(hidden, sizes_of(hidden));
-  multiply_matrices(as_rows(dhidden), dxz_rows, prepared.outer.in_weight);
+  Tensor dhidden = dxz;
+  if (outer.in_weight.has_value()) {
+    const Tensor dxz_rows = as_rows(dxz);
+    finish_weight(kInWeight, dxz_rows, as_rows(hidden));
+    finish_bias(kInBias, dxz_rows);
+    dhidden = new_tensor(hidden, sizes_of(hidden));
+    multiply_matrices(as_rows(dhidden), dxz_rows, *prepared.outer.in_weight);
+  }
   run_matrix_jobs(jobs, hidden);
   const auto& g = gradients;
   return {dhidden, g[0],  g[1],  g[2],  g[3],  g[4],  g[5],  g[6],  g[7], g[8],

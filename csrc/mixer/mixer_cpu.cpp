@@ -23,12 +23,14 @@ namespace {
 template <class From, class To>
 void run(const MatrixJob& job) {
   for (std::int64_t row = 0; row < job.rows; ++row) {
-    const From* from = static_cast<const From*>(job.from) + row * job.from_row;
     To* to = static_cast<To*>(job.to) + row * job.to_row;
-    const float* factor = job.factor == nullptr ? nullptr : job.factor + row * job.columns;
     if (job.from == nullptr) {
       std::fill_n(to, job.columns, static_cast<To>(0.0f));
-    } else if (factor == nullptr && !job.negative_exponential && job.from_column == 1) {
+      continue;
+    }
+    const From* from = static_cast<const From*>(job.from) + row * job.from_row;
+    const float* factor = job.factor == nullptr ? nullptr : job.factor + row * job.columns;
+    if (factor == nullptr && !job.negative_exponential && job.from_column == 1) {
       for (std::int64_t i = 0; i < job.columns; ++i) to[i] = static_cast<To>(static_cast<float>(from[i]));
     } else {
       for (std::int64_t i = 0; i < job.columns; ++i) {

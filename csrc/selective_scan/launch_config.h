@@ -6,7 +6,7 @@
 // kStates states are scanned by one launch per kStates of them. The warps of a block are neighbours and work on their
 // own, but for the sums of dB and dC over all their channels.
 //
-// `general_tile` is for everything else.
+// `spread_tile` is for few channels and batch elements, `general_tile` for what the others do not take.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,8 @@ constexpr int kSteps = 8;
 // Blocks that a multiprocessor is to hold at one time; they bound the registers of a thread.
 constexpr int kForwardBlocks = 3, kBackwardBlocks = 3;
 
-// Where batch and channels make few blocks, the sequence is split into segments, each a block's: a first launch finds
+// Where batch and channels make few blocks, the sequence is split into segments, each a block's (forward only if
+// spread_tile would take longer): a first launch finds
 // what each segment makes of a state (its decay, and what it adds), a short scan over the segments the states between
 // them, and then all segments run at one time. That does the scan's work nearly twice, so it must be worth it.
 constexpr int kLeastSegments = 4, kLeastSegmentChunks = 4;
@@ -55,31 +56,27 @@ constexpr std::int64_t tiles(std::int64_t channels, int lanes) {
 
 }  // namespace spread_tile
 
-// How the forward scan is divided: lanes of a channel in spread_tile, or 0 for tile, in so many segments.
-struct ForwardDivision {
-  int lanes, segments;
-};
-
-// What takes least time for so many batch elements times groups and channels of each, by cycles of one multiprocessor
-// of an H200 under zoh. A step takes `alone` cycles in however few blocks, and `each` for each block of the
-// multiprocessor where there are many; both passes over segments 6.2 for 32 channels' states, and their beginnings and
-// ends 25,000.
-constexpr ForwardDivision divide_forward(std::int64_t rows, std::int64_t channels, std::int64_t length,
-                                         std::int64_t multiprocessors) {
-  const auto steps = [=](std::int64_t blocks, int alone, int each) {
+// How many lanes a channel has in the forward scan's spread_tile, or 0 for `tile`: what takes least time for so many
+// batch elements times groups and channels of each, by cycles of one multiprocessor of an H200 under zoh. A step takes
+// `alone` cycles in however few blocks, and `each` for each block of the multiprocessor where there are many, a warp of
+// `tile` a quarter of its block's; both passes over segments 6.2 for 32 channels' states, and their beginnings and ends
+// 25,000.
+constexpr int forward_lanes(std::int64_t rows, std::int64_t channels, std::int64_t length,
+                            std::int64_t multiprocessors) {
+  const auto steps = [=](std::int64_t blocks, std::int64_t alone, std::int64_t each) {
     const std::int64_t of_each = (blocks + multiprocessors - 1) / multiprocessors * each;
     return length * (of_each > alone ? of_each : alone);
   };
-  const std::int64_t blocks = rows * ((channels + tile::kChannels - 1) / tile::kChannels);
-  const int segments = tile::segment_count(blocks, (length + tile::kSteps - 1) / tile::kSteps, multiprocessors);
-  ForwardDivision best{0, segments};
-  std::int64_t least = segments == 1
-                           ? steps(blocks, 300, 225)
-                           : 25000 + rows * channels * tile::kStates / 32 * length * 62 / 10 / multiprocessors;
+  const std::int64_t tiles = (channels + tile::kChannels - 1) / tile::kChannels, blocks = rows * tiles;
+  const std::int64_t warps = (channels + tile::kWarpChannels - 1) / tile::kWarpChannels;
+  const bool whole = tile::segment_count(blocks, (length + tile::kSteps - 1) / tile::kSteps, multiprocessors) == 1;
+  std::int64_t least = whole ? steps(blocks, 300, 225 * warps / (tile::kWarps * tiles))
+                             : 25000 + rows * channels * tile::kStates / 32 * length * 62 / 10 / multiprocessors;
+  int best = 0;
   for (int lanes : spread_tile::kLanes) {
-    const int alone = lanes == 4 ? 140 : 80, each = lanes == 4 ? 35 : 42;
-    const std::int64_t cycles = steps(rows * spread_tile::tiles(channels, lanes), alone, each);
-    if (cycles < least) least = cycles, best = {lanes, 1};
+    const std::int64_t blocks = rows * spread_tile::tiles(channels, lanes);
+    const std::int64_t cycles = steps(blocks, lanes == 4 ? 140 : 80, lanes == 4 ? 35 : 42);
+    if (blocks < 1ll << 31 && cycles < least) least = cycles, best = lanes;
   }
   return best;
 }

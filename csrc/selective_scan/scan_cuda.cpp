@@ -22,6 +22,7 @@ void check_launch(const char* error) {
 // ---- the fast kernels' tensors -------------------------------------------------------------------------------------
 
 constexpr i64 kMostRowBytes = 1ll << 31;
+constexpr i64 kMostSteps = (1ll << 31) - 64;  // so that a step of the chunk after next is an int too
 
 bool is_aligned(const Tensor& t, i64 bytes) { return reinterpret_cast<std::uintptr_t>(t.data_ptr()) % bytes == 0; }
 
@@ -67,8 +68,7 @@ bool is_fast(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor
   for (const OptionalTensor* t : floats) fast &= !t->has_value() || (*t)->scalar_type() == ScalarType::Float;
   for (const Tensor* t : states) fast &= is_aligned(*t, 16);
   const i64 largest = std::max(u.size(1), A.size(1));
-  return fast && u.size(2) < (1ll << 31) - tile::kSteps && largest * 8 < kMostRowBytes &&
-         u.size(1) * A.size(1) * 4 < kMostRowBytes;
+  return fast && u.size(2) < kMostSteps && largest * 8 < kMostRowBytes && u.size(1) * A.size(1) * 4 < kMostRowBytes;
 }
 
 Tensor projected_delta(const Tensor& weight, const Tensor& input, const ScanParams& p, const Tensor& u, void* stream,
@@ -83,8 +83,7 @@ Tensor projected_delta(const Tensor& weight, const Tensor& input, const ScanPara
 GpuScan make_launch(const ScanParams& p, bool fast, i64 checkpoint_steps) {
   const i64 width = fast ? tile::kChannels : general_tile::kChannels;
   const i64 tiles = (p.channels / p.groups + width - 1) / width;
-  constexpr i64 kMost = (1ll << 31) - tile::kSteps;
-  STD_TORCH_CHECK(p.length < kMost && p.channels < kMost && p.batch * p.groups * tiles < kMost,
+  STD_TORCH_CHECK(p.length < kMostSteps && p.channels < kMostSteps && p.batch * p.groups * tiles < kMostSteps,
                   "selective_scan: length, or batch times channels, is too large for one launch");
   GpuScan scan{};
   scan.p = p;
@@ -102,7 +101,7 @@ GpuScan make_launch(const ScanParams& p, bool fast, i64 checkpoint_steps) {
 int spread_lanes(const ScanParams& p) {
   const char* wish = std::getenv("MAMBA_SSM_SCAN_LANES");
   if (wish == nullptr || *wish == 0) {
-    return divide_forward(p.batch * p.groups, p.channels / p.groups, p.length, multiprocessor_count()).lanes;
+    return forward_lanes(p.batch * p.groups, p.channels / p.groups, p.length, multiprocessor_count());
   }
   for (int lanes : {0, 4, 8}) {
     if (wish == std::to_string(lanes)) return lanes;

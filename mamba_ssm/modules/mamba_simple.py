@@ -30,6 +30,7 @@ from mamba_ssm.ops.selective_scan_ref import MAX_STATES
 from mamba_ssm.ops.selective_state_update import selective_state_update
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Mamba(nn.Module):
@@ -159,16 +160,18 @@ class Mamba(nn.Module):
         if cache is None and self.bimamba_type != "v1":
             along = self._direction()
             against = self._direction("_b") if self.bimamba_type == "v2" else None
+            # What is more than a plain layer, or watched, is called as a module.
+            in_proj, out_proj = _plain_projection(self.in_proj), _plain_projection(self.out_proj)
             out = mixer_fn(
-                hidden_states,
-                Projection(self.in_proj.weight, self.in_proj.bias),
-                Projection(self.out_proj.weight, self.out_proj.bias),
+                hidden_states if in_proj else self.in_proj(hidden_states),
+                in_proj,
+                out_proj,
                 *((against, along) if reverse else (along, against)),
                 scale=0.5 if self.if_divide_out and against is not None else 1.0,
                 discretization_method=self.discretization_method,
                 use_cuda_kernel=self.use_cuda_kernel,
             )
-            return self._scale(out)
+            return self._scale(out if out_proj else self.out_proj(out))
         x, z = split_channels(self.in_proj(hidden_states).transpose(1, 2))
         y = self._scan_both_ways(x, z, reverse) if cache is None else self._prefill(x, z, cache)
         return self._scale(self.out_proj(y.transpose(1, 2)))
@@ -296,6 +299,14 @@ class Mamba(nn.Module):
                 f"step and inference_params need a causal mixer, but {what} reads the sequence from its end; "
                 "run the whole sequence through forward, or use bimamba_type='none'"
             )
+
+
+def _plain_projection(layer: nn.Module) -> Projection | None:
+    """The parameters of a linear layer of which nothing but those matters; None for other layers, such as an adapter's
+    or a quantized one, and where there are hooks, as pruning has them."""
+    if type(layer) is not nn.Linear or any(getattr(layer, hooks) for hooks in _HOOKS):
+        return None
+    return Projection(layer.weight, layer.bias)
 
 
 def _without_weight_decay(value: Tensor) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""The inside of a Mamba block: causal convolution, input-dependent Δ, B and C, selective scan, output projection.
+"""A Mamba block's mixer: causal convolution, input-dependent Δ, B and C, selective scan, output projection.
 
 Names, argument order and meaning of the `*_inner_*` functions are those of the public `mamba_ssm` 1.x and of its
 bidirectional extension in Vim (Zhu et al., 2024), with `discretization_method` and `use_cuda_kernel` as keywords beside
@@ -62,13 +62,14 @@ class Projection(NamedTuple):
     bias: Tensor | None  # (outputs,)
 
 
+_NO_PROJECTION = (None,) * len(Projection._fields)
 _NO_DIRECTION = (None,) * len(Direction._fields)
 
 
 def mixer_fn(
     hidden_states: Tensor,
-    in_proj: Projection,
-    out_proj: Projection,
+    in_proj: Projection | None,
+    out_proj: Projection | None,
     forward: Direction | None,
     backward: Direction | None,
     *,
@@ -82,19 +83,20 @@ def mixer_fn(
     Each scan has its own convolution and projections of x. forward, backward: the direction that runs along and the one
     that runs against time, convolution included; one of them may be None.
 
-    hidden_states: (B, L, E), float32, float16 or bfloat16 (float64: reference). in_proj: E → 2D, out_proj: D → E'.
+    hidden_states: (B, L, E), float32, float16 or bfloat16 (float64: reference). in_proj: E → 2D,
+    or None where hidden_states are x and z already. out_proj: D → E', or None for none.
     Under autocast activations are in its dtype, else in that of hidden_states. The parameters may have any of these
     dtypes: Δ's, A and D are taken as float32, the outer projections' and x_proj's in the activations' dtype.
-    Returns (B, L, E') in the activations' dtype. Raises ValueError for a wrong argument, which it names.
+    Returns (B, L, E'), or (B, L, D), in the activations' dtype. Raises ValueError for a wrong argument, which it names.
     """
     get_method(discretization_method)  # unknown: ValueError that lists the known
     _check_mixer(hidden_states, in_proj, out_proj, forward, backward)
     device_type = hidden_states.device.type
     if hidden_states.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
-    parameters = (*in_proj, *out_proj, *(forward or _NO_DIRECTION), *(backward or _NO_DIRECTION))
-    float64 = (t for t in parameters if t is not None and t.dtype == torch.float64)
-    if not use_kernel(next(float64, hidden_states), use_cuda_kernel):
+    outer = (*(in_proj or _NO_PROJECTION), *(out_proj or _NO_PROJECTION))
+    parameters = (*outer, *(forward or _NO_DIRECTION), *(backward or _NO_DIRECTION))
+    if not use_kernel(hidden_states, use_cuda_kernel):
         options = {"delta_softplus": delta_softplus, "discretization_method": discretization_method}
         xz = _linear(hidden_states, in_proj).transpose(1, 2)
         return _linear(_mixer_scan_ref(*split_channels(xz), forward, backward, scale, options).mT, out_proj)
@@ -106,24 +108,32 @@ def mixer_fn(
     return _Mixer.apply(options, hidden_states, *parameters)
 
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
 def _check_mixer(
     hidden_states: Tensor,
-    in_proj: Projection,
-    out_proj: Projection,
+    in_proj: Projection | None,
+    out_proj: Projection | None,
     forward: Direction | None,
     backward: Direction | None,
 ) -> None:
     if forward is None and backward is None:
         raise ValueError("forward and backward: got None for both; expected a Direction for at least one")
-    if hidden_states.dim() != 3:
-        raise ValueError(f"hidden_states: got shape {tuple(hidden_states.shape)}; expected (B, L, E)")
-    if out_proj.weight.dim() != 2:
-        raise ValueError(f"out_proj.weight: got shape {tuple(out_proj.weight.shape)}; expected (E', D)")
-    outputs, channels = out_proj.weight.shape
+    shape = tuple(hidden_states.shape)
+    if len(shape) != 3 or 0 in shape:
+        raise ValueError(f"hidden_states: got shape {shape}; expected (B, L, E), each at least 1")
+    if hidden_states.dtype not in _DTYPES:
+        raise ValueError(f"hidden_states: got {hidden_states.dtype}; expected float32, float16, bfloat16 or float64")
+    channels = (backward if forward is None else forward).A_log.shape[0]
     vector = (channels,)
-    device = hidden_states.device
-    _check_group("in_proj", in_proj, ((2 * channels, hidden_states.shape[2]), (2 * channels,)), device)
-    _check_group("out_proj", out_proj, ((outputs, channels), (outputs,)), device)
+    if in_proj is not None:
+        _check_group("in_proj", in_proj, ((2 * channels, shape[2]), (2 * channels,)), hidden_states)
+    elif shape[2] != 2 * channels:
+        raise ValueError(f"hidden_states: got shape {shape}; expected (B, L, {2 * channels}): in_proj is None")
+    if out_proj is not None:
+        outputs = out_proj.weight.shape[0]
+        _check_group("out_proj", out_proj, ((outputs, channels), (outputs,)), hidden_states)
     for name, direction in (("forward", forward), ("backward", backward)):
         if direction is None:
             continue
@@ -135,10 +145,11 @@ def _check_mixer(
             raise ValueError(f"{name}.conv_weight: got width {width}; expected 2, 3 or 4")
         shapes = ((channels, 1, width), vector, (rank + 2 * states, channels), (channels, rank), vector,
                   (channels, states), vector)  # fmt: skip
-        _check_group(name, direction, shapes, device)
+        _check_group(name, direction, shapes, hidden_states)
 
 
-def _check_group(name: str, group: Projection | Direction, shapes: tuple, device: torch.device) -> None:
+def _check_group(name: str, group: Projection | Direction, shapes: tuple, hidden_states: Tensor) -> None:
+    device, dtype = hidden_states.device, hidden_states.dtype
     for field, tensor, shape in zip(group._fields, group, shapes, strict=True):
         if tensor is None:
             continue
@@ -148,9 +159,16 @@ def _check_group(name: str, group: Projection | Direction, shapes: tuple, device
             raise ValueError(
                 f"{name}.{field}: got a tensor on {tensor.device}; expected {device}, where hidden_states is"
             )
+        if tensor.dtype not in _DTYPES or (tensor.dtype == torch.float64 != dtype):
+            raise ValueError(
+                f"{name}.{field}: got {tensor.dtype} beside hidden_states in {dtype}; expected float32, float16, "
+                "bfloat16, or float64 for both: convert one with .to()"
+            )
 
 
-def _linear(x: Tensor, projection: Projection) -> Tensor:
+def _linear(x: Tensor, projection: Projection | None) -> Tensor:
+    if projection is None:
+        return x
     return F.linear(x, *(None if t is None else t.to(x.dtype) for t in projection))
 
 
@@ -181,13 +199,13 @@ _DIRECTION = (
     "Tensor? A{0}_log, Tensor? D{0}"
 )
 _TENSORS = (
-    "Tensor hidden_states, Tensor in_proj_weight, Tensor? in_proj_bias, Tensor out_proj_weight, "
+    "Tensor hidden_states, Tensor? in_proj_weight, Tensor? in_proj_bias, Tensor? out_proj_weight, "
     f"Tensor? out_proj_bias, {_DIRECTION.format('')}, {_DIRECTION.format('_b')}"
 )
 _OPTIONS = "float scale, bool delta_softplus, str discretization_method, int checkpoint_steps"
-# The tensors of a direction that there is not are None. For the backward pass: in_proj's output, (B, L, 2D), what
-# out_proj reads, (B, D, L), and of each direction x_proj's output, (B·L, columns), whose parts begin at aligned
-# columns, and the scan's checkpoints.
+# The tensors of a projection or a direction that there is not are None. For the backward pass: in_proj's output,
+# (B, L, 2D), what out_proj reads, (B, D, L), both empty without these, and of each direction x_proj's output,
+# (B·L, columns), whose parts begin at aligned columns, and the scan's checkpoints.
 torch.library.define(
     "mamba_ssm::mixer_fwd",
     f"({_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor xz, Tensor y, "
@@ -206,13 +224,12 @@ _PARAMETERS = 2 * len(Projection._fields) + 2 * len(Direction._fields)
 def _(hidden_states, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, *rest):
     *parameters, _scale, _delta_softplus, _method, steps = rest
     batch, length, _ = hidden_states.shape
-    outputs, channels = out_proj_weight.shape
-    kept = []
+    kept, nothing = [], hidden_states.new_empty(0)
     for direction in _directions(parameters):
         if direction.conv_weight is None:
-            kept += [hidden_states.new_empty(0), hidden_states.new_empty(0)]
+            kept += [nothing.clone(), nothing.clone()]
             continue
-        rank, states = direction.dt_weight.shape[1], direction.A_log.shape[1]
+        rank, (channels, states) = direction.dt_weight.shape[1], direction.A_log.shape
         columns = _aligned(rank, hidden_states) + 2 * _aligned(states, hidden_states)
         checkpoints = checkpoint_count(length, steps, from_zeros=True)
         kept += [
@@ -220,12 +237,11 @@ def _(hidden_states, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bia
             hidden_states.new_empty(batch, checkpoints, states, channels, dtype=torch.float32),
         ]
     y = hidden_states.new_empty(batch, length, channels).transpose(1, 2)
-    return (
-        hidden_states.new_empty(batch, length, outputs),
-        hidden_states.new_empty(batch, length, 2 * channels),
-        y if channels > 1 else y.contiguous(),
-        *kept,
-    )
+    y = y if channels > 1 else y.contiguous()
+    xz = nothing if in_proj_weight is None else hidden_states.new_empty(batch, length, 2 * channels)
+    if out_proj_weight is None:
+        return y.transpose(1, 2), xz, nothing.clone(), *kept
+    return hidden_states.new_empty(batch, length, out_proj_weight.shape[0]), xz, y, *kept
 
 
 @torch.library.register_fake("mamba_ssm::mixer_bwd")
@@ -266,12 +282,12 @@ class _Mixer(torch.autograd.Function):
 
 @register_flop_formula(torch.ops.mamba_ssm.mixer_fwd)
 def mixer_flops(hidden_states, in_proj, in_proj_bias, out_proj, out_proj_bias, *rest, out_shape=None) -> int:
-    """Operations of `mixer_fwd` from the shapes of its tensors: of its convolutions, projections and scans.
+    """Operations of `mixer_fwd` from the shapes of its tensors: of all its projections, convolutions and scans.
 
     Each in the units of the operators that they are without the mixer."""
     *parameters, scale, delta_softplus, method, steps = rest
     batch, length, _ = hidden_states
-    x = batch, out_proj[1], length
+    x = batch, _channels(parameters), length
     total = _outer_flops(hidden_states, in_proj, out_proj)
     for conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D in _directions(parameters):
         if conv_weight is None:
@@ -290,12 +306,11 @@ def mixer_flops(hidden_states, in_proj, in_proj_bias, out_proj, out_proj_bias, *
 def mixer_backward_flops(dout, hidden_states, in_proj, in_proj_bias, out_proj, out_proj_bias, *rest, out_shape=None):
     """Operations of `mixer_bwd`: its parts' backward passes, and the convolutions again."""
     *tensors, scale, delta_softplus, method, steps = rest
+    parameters = tensors[: 2 * len(Direction._fields)]
     batch, length, _ = hidden_states
-    x = batch, out_proj[1], length
+    x = batch, _channels(parameters), length
     total = 2 * _outer_flops(hidden_states, in_proj, out_proj)
-    for conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D in _directions(
-        tensors[: 2 * len(Direction._fields)]
-    ):
+    for conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D in _directions(parameters):
         if conv_weight is None:
             continue
         matrix, filters = (batch, A[1], length), (x[1], conv_weight[2])
@@ -311,7 +326,11 @@ def mixer_backward_flops(dout, hidden_states, in_proj, in_proj_bias, out_proj, o
 
 def _outer_flops(hidden_states, in_proj, out_proj) -> int:
     batch, length, _ = hidden_states
-    return 2 * batch * length * (in_proj[0] * in_proj[1] + out_proj[0] * out_proj[1])
+    return 2 * batch * length * sum(weight[0] * weight[1] for weight in (in_proj, out_proj) if weight is not None)
+
+
+def _channels(parameters) -> int:
+    return next(d.A_log[0] for d in _directions(parameters) if d.conv_weight is not None)
 
 
 def scan_arguments(
@@ -351,7 +370,8 @@ def scan_arguments(
 def direction_arguments(x: Tensor, direction: Direction, *, conv_fn: Callable[..., Tensor]) -> ScanArgs:
     """`scan_arguments` of a mixer's direction, in the dtypes that `mixer_fn` takes its tensors in."""
     conv_weight, conv_bias, x_proj_weight, *others = direction
-    dt_weight, dt_bias, A_log, D = (None if t is None else at_least_float32(t) for t in others)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    dt_weight, dt_bias, A_log, D = (None if t is None else t.to(dtype) for t in others)
     return scan_arguments(
         x, conv_weight, conv_bias, x_proj_weight.to(x.dtype), dt_weight, -torch.exp(A_log),
         D=D, delta_bias=dt_bias, conv_fn=conv_fn,

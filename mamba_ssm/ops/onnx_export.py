@@ -86,13 +86,13 @@ def _refuse(what: str) -> None:
 
 
 def _mixer(
-    hidden_states: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None,
-    *rest: Any,
+    hidden_states: Tensor, in_weight: Tensor | None, in_bias: Tensor | None, out_weight: Tensor | None,
+    out_bias: Tensor | None, *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
     *parameters, scale, delta_softplus, method, steps = rest
     if steps:
         _refuse("the program was traced for training; trace it under torch.no_grad()")
-    x, z = split_channels(_linear(hidden_states, Projection(in_weight, in_bias)).transpose(1, 2))
+    x, z = split_channels(_linear(hidden_states, _projection(in_weight, in_bias)).transpose(1, 2))
     y = None
     for direction, reverse in zip(_directions(parameters), (False, True), strict=True):
         if direction.conv_weight is None:
@@ -100,7 +100,11 @@ def _mixer(
         args = direction_arguments(x, direction, conv_fn=partial(causal_conv1d_ref, reverse=reverse))
         y_direction = _scan(args, delta_softplus, reverse, method)
         y = y_direction if y is None else y + y_direction
-    return [_linear(_gate(y, z, scale, x.dtype).transpose(1, 2), Projection(out_weight, out_bias))]
+    return [_linear(_gate(y, z, scale, x.dtype).transpose(1, 2), _projection(out_weight, out_bias))]
+
+
+def _projection(weight: Tensor | None, bias: Tensor | None) -> Projection | None:
+    return None if weight is None else Projection(weight, bias)
 
 
 def _selective_scan(
@@ -136,6 +140,13 @@ def _add_norm(
     return list(_add_norm_ref(x, weight, bias, residual, eps, residual_in_fp32, is_rms_norm, scale))
 
 
+def _mixer_outputs(
+    x: Tensor, in_weight: Tensor | None, in_bias: Tensor | None, out_weight: Tensor | None, *rest: Any
+) -> list[tuple[Sequence[int], torch.dtype]]:
+    channels = (x.shape[2] if in_weight is None else in_weight.shape[0]) // 2
+    return [((*x.shape[:2], channels if out_weight is None else out_weight.shape[0]), x.dtype)]
+
+
 # What each computes of the outputs that inference reads, which come first.
 _OPERATORS: dict[Any, Callable[..., list[Tensor]]] = {
     torch.ops.mamba_ssm.mixer_fwd.default: _mixer,
@@ -145,7 +156,7 @@ _OPERATORS: dict[Any, Callable[..., list[Tensor]]] = {
 }
 # The shapes and dtypes of these outputs.
 _OUTPUTS: dict[Any, Callable[..., list[tuple[Sequence[int], torch.dtype]]]] = {
-    torch.ops.mamba_ssm.mixer_fwd.default: lambda x, _w, _b, out, *_: [((*x.shape[:2], out.shape[0]), x.dtype)],
+    torch.ops.mamba_ssm.mixer_fwd.default: _mixer_outputs,
     torch.ops.mamba_ssm.selective_scan_fwd.default: lambda u, *rest: [
         (u.shape, torch.float32 if rest[-2] else u.dtype)
     ],
