@@ -57,26 +57,27 @@ constexpr std::int64_t tiles(std::int64_t channels, int lanes) {
 }  // namespace spread_tile
 
 // How many lanes a channel has in the forward scan's spread_tile, or 0 for `tile`: what takes least time for so many
-// batch elements times groups and channels of each, by cycles of one multiprocessor of an H200 under zoh. A step takes
-// `alone` cycles in however few blocks, and `each` for each block of the multiprocessor where there are many, a warp of
-// `tile` a quarter of its block's; both passes over segments 6.2 for 32 channels' states, and their beginnings and ends
-// 25,000.
+// batch elements times groups and channels of each, by cycles of one multiprocessor of an H200 under zoh. Of a step:
+// `alone`, and `beside` for each block of the multiprocessor, as long as they hide each other's latencies; `full` for
+// each block where there are many. A warp of `tile` takes a quarter of its block's. Both passes over segments take 6.2
+// for 32 channels' states at a step, and their beginnings and ends 25,000.
 constexpr int forward_lanes(std::int64_t rows, std::int64_t channels, std::int64_t length,
                             std::int64_t multiprocessors) {
-  const auto steps = [=](std::int64_t blocks, std::int64_t alone, std::int64_t each) {
-    const std::int64_t of_each = (blocks + multiprocessors - 1) / multiprocessors * each;
-    return length * (of_each > alone ? of_each : alone);
+  const auto steps = [=](std::int64_t blocks, std::int64_t alone, std::int64_t beside, std::int64_t full) {
+    const std::int64_t each = (blocks + multiprocessors - 1) / multiprocessors;
+    const std::int64_t few = alone + beside * each, many = full * each;
+    return length * (few > many ? few : many);
   };
   const std::int64_t tiles = (channels + tile::kChannels - 1) / tile::kChannels, blocks = rows * tiles;
   const std::int64_t warps = (channels + tile::kWarpChannels - 1) / tile::kWarpChannels;
   const bool whole = tile::segment_count(blocks, (length + tile::kSteps - 1) / tile::kSteps, multiprocessors) == 1;
-  std::int64_t least = whole ? steps(blocks, 300, 225 * warps / (tile::kWarps * tiles))
+  std::int64_t least = whole ? steps(blocks, 300, 0, 225 * warps / (tile::kWarps * tiles))
                              : 25000 + rows * channels * tile::kStates / 32 * length * 62 / 10 / multiprocessors;
   int best = 0;
   for (int lanes : spread_tile::kLanes) {
-    const std::int64_t blocks = rows * spread_tile::tiles(channels, lanes);
-    const std::int64_t cycles = steps(blocks, lanes == 4 ? 140 : 80, lanes == 4 ? 35 : 42);
-    if (blocks < 1ll << 31 && cycles < least) least = cycles, best = lanes;
+    const std::int64_t spread = rows * spread_tile::tiles(channels, lanes);
+    const std::int64_t cycles = lanes == 4 ? steps(spread, 118, 16, 34) : steps(spread, 62, 16, 43);
+    if (spread < 1ll << 31 && cycles < least) least = cycles, best = lanes;
   }
   return best;
 }

@@ -96,6 +96,14 @@ GpuScan make_launch(const ScanParams& p, bool fast, i64 checkpoint_steps) {
   return scan;
 }
 
+// Whether the rows of a chunk of spread_tile, 16 steps at most, lie so near that an int leads to the next chunk's.
+bool has_near_rows(const ScanParams& p) {
+  const auto is_near = [](i64 time, Dtype dtype) { return std::abs(time) * element_size(dtype) < kMostRowBytes / 16; };
+  bool near = is_near(p.channels, Dtype::f32) && is_near(p.B.time, p.B.dtype) && is_near(p.C.time, p.C.dtype);
+  for (const Activation* a : {&p.u, &p.delta, &p.z, &p.addend, &p.out}) near &= is_near(a->time, a->dtype);
+  return near;
+}
+
 // Lanes of a channel in the forward kernels for few channels, or 0 for the others. MAMBA_SSM_SCAN_LANES in the
 // environment decides instead, for tests and measurements.
 int spread_lanes(const ScanParams& p) {
@@ -178,7 +186,7 @@ ScanResults scan_forward(ScanArguments a, OptionalTensor initial_state, Optional
     sum = new_activation(u, ScalarType::Float);
     sum_rows = activation(sum, "sum", u);
   }
-  const int lanes = fast ? spread_lanes(p) : 0;
+  const int lanes = fast && has_near_rows(scan.p) ? spread_lanes(p) : 0;
   const Segments segments(u, scan, fast && lanes == 0);
   for (; scan.first_state < p.states; scan.first_state += tile::kStates) {
     const bool first = scan.first_state == 0, last = scan.first_state + tile::kStates >= p.states;

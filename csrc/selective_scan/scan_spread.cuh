@@ -18,8 +18,8 @@ struct Spread {
   static constexpr int kStates = tile::kStates / Lanes;  // of a thread
   static constexpr int kThreads = spread_tile::threads(Lanes), kWarps = kThreads / kWarp;
   static constexpr int kWarpChannels = kWarp / Lanes, kChannels = kThreads / Lanes, kPairs = kChannels / 2;
-  static constexpr int kSteps = kThreads / kPairs;  // of a chunk: a pair of channels at a step is a thread's
-  static_assert(kSteps * 8 == kThreads);            // and so is a quad of B or C
+  static constexpr int kSteps = kThreads / kPairs;       // of a chunk: a pair of channels at a step is a thread's
+  static constexpr int kRounds = kSteps * 8 / kThreads;  // quads of B and C that a thread stages
   static_assert((kStates == 2 || kStates == 4) && kStates * Lanes == tile::kStates && kSteps % Lanes == 0);
 };
 
@@ -43,7 +43,7 @@ struct SpreadRows {
   using Pair = std::conditional_t<T == Dtype::f32, float2, std::uint32_t>;
   Pair u, delta, z;
   float2 addend;
-  RawFour<T> matrix;
+  RawFour<T> matrices[Spread<Lanes>::kRounds];
 };
 template <Dtype T>
 MAMBA_SSM_DEVICE RawFour<T> load_raw_four(const void* address) {  // aligned to 8 bytes
@@ -69,9 +69,9 @@ class SpreadScan {
   // Where the thread's elements of a tensor are, chunk after chunk.
   struct Walk {
     char* at = nullptr;
-    std::int64_t chunk_bytes = 0;
+    int chunk_bytes = 0;  // the host sees to it that rows are near enough
     MAMBA_SSM_DEVICE Walk(const Stream& s, int step, int element)
-        : at(s.row(step) + element * s.size), chunk_bytes(std::int64_t{kSteps} * s.row_bytes) {}
+        : at(s.row(step) + element * s.size), chunk_bytes(s.row_bytes * kSteps) {}
     MAMBA_SSM_DEVICE void next() { at += chunk_bytes; }
   };
 
@@ -86,11 +86,12 @@ class SpreadScan {
   bool pair_exists_;
   float2 bias_, D_;
   Walk u_, delta_, z_, addend_, out_, matrix_;
+  int matrix_row_bytes_;
   bool matrix_exists_, float_out_;
   int checkpoint_mask_, first_checkpoint_;
 
   static MAMBA_SSM_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
-  static MAMBA_SSM_DEVICE int matrix_step() { return thread() / 8; }
+  static MAMBA_SSM_DEVICE int matrix_step(int round) { return thread() / 8 + round * (Tile::kThreads / 8); }
   static MAMBA_SSM_DEVICE int matrix_state() { return thread() % 4 * 4; }
   static MAMBA_SSM_DEVICE bool is_C() { return thread() % 8 >= 4; }
 
@@ -113,7 +114,8 @@ class SpreadScan {
         z_(make_stream(p_, p_.z, t), step_, 2 * pair_),
         addend_(make_stream(p_, p_.addend, t), step_, 2 * pair_),
         out_(make_stream(p_, p_.out, t), step_, 2 * pair_),
-        matrix_(make_stream(scan, is_C() ? p_.C : p_.B, t), matrix_step(), matrix_state()),
+        matrix_(make_stream(scan, is_C() ? p_.C : p_.B, t), matrix_step(0), matrix_state()),
+        matrix_row_bytes_(matrix_.chunk_bytes / kSteps),
         matrix_exists_(matrix_state() < scan.states),
         float_out_(T == Dtype::f32 || (Kind == Output::plain && p_.out.dtype == Dtype::f32)),
         // Without checkpoints none but the first place is one.
@@ -206,8 +208,13 @@ class SpreadScan {
     rows.delta = exists ? load_vector<Pair>(delta_.at) : Pair{};
     if constexpr (Kind == Output::gated) rows.z = exists ? load_vector<Pair>(z_.at) : Pair{};
     rows.addend = exists && p_.addend.data != nullptr ? load_vector<float2>(addend_.at) : float2{};
-    rows.matrix = {};
-    if (chunk * kSteps + matrix_step() < length_ && matrix_exists_) rows.matrix = load_raw_four<T>(matrix_.at);
+#pragma unroll
+    for (int r = 0; r < Tile::kRounds; ++r) {
+      rows.matrices[r] = {};
+      if (chunk * kSteps + matrix_step(r) < length_ && matrix_exists_) {
+        rows.matrices[r] = load_raw_four<T>(matrix_.at + r * (Tile::kThreads / 8) * matrix_row_bytes_);
+      }
+    }
     for (Walk* walk : {&u_, &delta_, &z_, &addend_, &matrix_}) walk->next();
   }
 
@@ -235,14 +242,18 @@ class SpreadScan {
       const bool fits = warp_all(limits.any && limits.allow(exists, d.x, d.y));
       if (threadIdx.x % kWarp == 0) target.quick[threadIdx.x / kWarp] = fits;
     }
-    float values[4];
-    to_floats<T>(rows.matrix, values);
-    if constexpr (kStates == 4) {
-      store_vector(target.matrices[2 * matrix_step() + is_C()][matrix_state() / 4], from_floats<Dtype::f32>(values));
-    } else {
-      float (*two)[4] = &target.matrices[matrix_step()][matrix_state() / 2];
-      store_vector(two[0] + 2 * is_C(), float2{values[0], values[1]});
-      store_vector(two[1] + 2 * is_C(), float2{values[2], values[3]});
+#pragma unroll
+    for (int r = 0; r < Tile::kRounds; ++r) {
+      float values[4];
+      to_floats<T>(rows.matrices[r], values);
+      const int s = matrix_step(r);
+      if constexpr (kStates == 4) {
+        store_vector(target.matrices[2 * s + is_C()][matrix_state() / 4], from_floats<Dtype::f32>(values));
+      } else {
+        float (*two)[4] = &target.matrices[s][matrix_state() / 2];
+        store_vector(two[0] + 2 * is_C(), float2{values[0], values[1]});
+        store_vector(two[1] + 2 * is_C(), float2{values[2], values[3]});
+      }
     }
   }
 
