@@ -133,7 +133,7 @@ inline Tensor to_float(const Tensor& t) {
 }
 inline OptionalTensor to_float(const OptionalTensor& t) { return t.has_value() ? to_float(*t) : t; }
 
-// A matrix, or a vector as one row, as jobs read and write it.
+// A matrix, a vector as one row, or a convolution's weight, (channels, 1, width), as jobs read and write them.
 struct MatrixView {
   void* data;
   Dtype dtype;
@@ -394,9 +394,7 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Optional
     return out;
   };
   const auto finish = [&](int index, const MatrixView& from) {
-    MatrixView to(gradients[index]);
-    to.columns = from.columns;  // a convolution's weight has a dimension of 1 between
-    jobs.push_back(copy_job(from, to));
+    jobs.push_back(copy_job(from, MatrixView(gradients[index])));
   };
   const auto finish_weight = [&](int index, const Tensor& doutputs, const Tensor& inputs) {
     const Tensor& to = gradients[index];
