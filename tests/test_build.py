@@ -30,17 +30,22 @@ def test_discretizations_compile_for_a_gpu(tmp_path):
     assert not re.search(r"[1-9]\d* bytes spill", log)
 
 
-@pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
-def test_the_scans_fast_path_keeps_to_its_registers(tmp_path):
-    """As launch_config.h has it, three blocks of either kernel fit on a multiprocessor of 65,536 registers, or 16 warps
-    where states are spread over lanes, without spilling."""
-    source = ROOT / "csrc" / "tests" / "scan_fast_path.cu"
+def resource_report(source: Path, folder: Path) -> str:
+    """What the assembler says of a source's kernels, compiled for sm_90 without a warning."""
     command = [NVCC, "-std=c++20", "-O3", "-gencode=arch=compute_90,code=sm_90", "-cubin", "-Xptxas", "-v"]
-    command += [f"-I{ROOT / 'csrc' / 'common'}", "-o", str(tmp_path / "out.cubin"), str(source)]
+    command += [f"-I{ROOT / 'csrc' / 'common'}", "-o", str(folder / "out.cubin"), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
     log = result.stdout + result.stderr
     assert result.returncode == 0, log
     assert "warning" not in log
+    return log
+
+
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
+def test_the_scans_fast_path_keeps_to_its_registers(tmp_path):
+    """As launch_config.h has it, three blocks of either kernel fit on a multiprocessor of 65,536 registers, or 16 warps
+    where states are spread over lanes, without spilling."""
+    log = resource_report(ROOT / "csrc" / "tests" / "scan_fast_path.cu", tmp_path)
     reports = re.findall(r"Compiling entry function '\w*scan_(\w+)_kernel.*?Used (\d+) registers", log, re.DOTALL)
     assert sorted(kernel for kernel, _ in reports) == ["backward", "forward", "spread", "spread"]
     for kernel, registers in reports:
@@ -52,13 +57,7 @@ def test_the_scans_fast_path_keeps_to_its_registers(tmp_path):
 def test_add_norm_keeps_to_its_registers(tmp_path):
     """Where lanes of a warp share a row: no spills, with three blocks of 256 threads on a multiprocessor of 65,536
     registers forward and one of 512 backward. Half types beside a float32 residual, and float32 alone."""
-    source = ROOT / "csrc" / "layer_norm" / "norm_kernels.cu"
-    command = [NVCC, "-std=c++20", "-O3", "-gencode=arch=compute_90,code=sm_90", "-cubin", "-Xptxas", "-v"]
-    command += [f"-I{ROOT / 'csrc' / 'common'}", "-o", str(tmp_path / "out.cubin"), str(source)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    log = result.stdout + result.stderr
-    assert result.returncode == 0, log
-    assert "warning" not in log
+    log = resource_report(ROOT / "csrc" / "layer_norm" / "norm_kernels.cu", tmp_path)
     for kernel, most in (("forward", 80), ("backward", 128)):
         reports = re.findall(
             rf"Compiling entry function '\w*norm_{kernel}_kernel\w*Known\w*Li(?:16|32)E\w*'.*?Used \d+ registers",

@@ -353,25 +353,31 @@ def test_mixer_convolves_both_ways_at_once(width, channels, length):
     test_mixer.assert_right(test_mixer.make_inputs(channels=channels, length=length, width=width))
 
 
-@pytest.mark.parametrize("lanes", ["0", "4", "8"])
-@pytest.mark.parametrize("channels", [21, 72])
-@pytest.mark.parametrize("forms", [("varying", "varying"), ("constant", "two_groups")], ids="-".join)
-def test_no_races_and_every_element_written(forms, channels, lanes, monkeypatch):
-    """The same bits whichever thread runs first and whenever copies arrive. Deterministic algorithms fill what
+def in_both_orders(function, monkeypatch) -> list:
+    """What the function gives, and gives again with the threads in reverse order. Deterministic algorithms fill what
     torch.empty gives with NaN."""
-    monkeypatch.setenv("MAMBA_SSM_SCAN_LANES", lanes)
-    states = 17 if channels == 21 else 20  # the general kernels and the fast ones
-    inputs = make_inputs(channels=channels // 3 * 2, length=37, states=states, forms=forms, dtype=torch.bfloat16)
-    weights = torch.randn(inputs["u"].shape).bfloat16(), torch.randn(inputs["initial_state"].shape)
     found = []
     torch.use_deterministic_algorithms(True)
     try:
         for reverse_order in (False, True):
             if reverse_order:
                 monkeypatch.setenv("CUDA_ON_CPU_REVERSE_ORDER", "1")
-            found.append(results(selective_scan_fn, inputs, weights, delta_softplus=True))
+            found.append(function())
     finally:
         torch.use_deterministic_algorithms(False)
+    return found
+
+
+@pytest.mark.parametrize("lanes", ["0", "4", "8"])
+@pytest.mark.parametrize("channels", [21, 72])
+@pytest.mark.parametrize("forms", [("varying", "varying"), ("constant", "two_groups")], ids="-".join)
+def test_no_races_and_every_element_written(forms, channels, lanes, monkeypatch):
+    """The same bits whichever thread runs first and whenever copies arrive."""
+    monkeypatch.setenv("MAMBA_SSM_SCAN_LANES", lanes)
+    states = 17 if channels == 21 else 20  # the general kernels and the fast ones
+    inputs = make_inputs(channels=channels // 3 * 2, length=37, states=states, forms=forms, dtype=torch.bfloat16)
+    weights = torch.randn(inputs["u"].shape).bfloat16(), torch.randn(inputs["initial_state"].shape)
+    found = in_both_orders(lambda: results(selective_scan_fn, inputs, weights, delta_softplus=True), monkeypatch)
     for name, value in found[0].items():
         assert value.isfinite().all(), name
         assert torch.equal(value, found[1][name]), name
@@ -515,16 +521,11 @@ def test_add_norm_without_races_and_every_element_written(dim, monkeypatch):
     """See test_no_races_and_every_element_written."""
     tensors = [torch.randn(70, dim).bfloat16(), torch.randn(dim), torch.randn(dim), torch.randn(70, dim)]
     tensors = [t.requires_grad_() for t in tensors]
-    found = []
-    torch.use_deterministic_algorithms(True)
-    try:
-        for reverse_order in (False, True):
-            if reverse_order:
-                monkeypatch.setenv("CUDA_ON_CPU_REVERSE_ORDER", "1")
-            outputs = norm.layer_norm_fn(*tensors, prenorm=True, drop_path_scale=torch.arange(70.0))
-            found.append([*outputs, *torch.autograd.grad(sum(o.float().square().sum() for o in outputs), tensors)])
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for first, second in zip(*found, strict=True):
+
+    def outputs_and_gradients():
+        outputs = norm.layer_norm_fn(*tensors, prenorm=True, drop_path_scale=torch.arange(70.0))
+        return [*outputs, *torch.autograd.grad(sum(o.float().square().sum() for o in outputs), tensors)]
+
+    for first, second in zip(*in_both_orders(outputs_and_gradients, monkeypatch), strict=True):
         assert first.isfinite().all()
         assert torch.equal(first, second)

@@ -97,11 +97,17 @@ struct MixerDirection {
   }
 };
 
-inline std::vector<MixerDirection> mixer_directions(const std::array<OptionalTensor, 2 * kDirectionTensors>& tensors) {
+// In the order of the schemas: the outer projections', then each direction's.
+using MixerParameters = std::array<OptionalTensor, kOuterTensors + 2 * kDirectionTensors>;
+
+inline OuterProjections outer_projections(const MixerParameters& parameters) {
+  return {parameters[kInWeight], parameters[kInBias], parameters[kOutWeight], parameters[kOutBias]};
+}
+inline std::vector<MixerDirection> mixer_directions(const MixerParameters& parameters) {
   std::vector<MixerDirection> directions;
   for (int i = 0; i < 2; ++i) {
-    const int first = i * kDirectionTensors;
-    if (tensors[first].has_value()) directions.emplace_back(&tensors[first], i == 1, kOuterTensors + first);
+    const int first = kOuterTensors + i * kDirectionTensors;
+    if (parameters[first].has_value()) directions.emplace_back(&parameters[first], i == 1, first);
   }
   STD_TORCH_CHECK(!directions.empty(), "conv_weight: got None for both directions");
   return directions;
@@ -300,10 +306,12 @@ inline MixerResults mixer_forward(Tensor hidden_states, OptionalTensor in_proj_w
                                   OptionalTensor x_proj_weight_b, OptionalTensor dt_weight_b, OptionalTensor dt_bias_b,
                                   OptionalTensor A_b_log, OptionalTensor D_b, double scale, bool delta_softplus,
                                   std::string method, std::int64_t checkpoint_steps) {
-  const OuterProjections outer{in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias};
-  const auto directions =
-      mixer_directions({conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, conv_weight_b, conv_bias_b,
-                        x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b});
+  const MixerParameters parameters{
+      in_proj_weight, in_proj_bias,    out_proj_weight, out_proj_bias, conv_weight, conv_bias,
+      x_proj_weight,  dt_weight,       dt_bias,         A_log,         D,           conv_weight_b,
+      conv_bias_b,    x_proj_weight_b, dt_weight_b,     dt_bias_b,     A_b_log,     D_b};
+  const OuterProjections outer = outer_projections(parameters);
+  const auto directions = mixer_directions(parameters);
   STD_TORCH_CHECK(hidden_states.dim() == 3, "hidden_states must be (batch, length, inputs)");
   const std::int64_t batch = hidden_states.size(0), length = hidden_states.size(1), channels = directions[0].channels;
   outer.check(hidden_states.size(2), channels);
@@ -370,14 +378,12 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Optional
                                      OptionalTensor D_b, Tensor xz, Tensor y, Tensor projected, Tensor checkpoints,
                                      Tensor projected_b, Tensor checkpoints_b, double scale, bool delta_softplus,
                                      std::string method, std::int64_t checkpoint_steps) {
-  const std::array<OptionalTensor, kOuterTensors + 2 * kDirectionTensors> parameters{
+  const MixerParameters parameters{
       in_proj_weight, in_proj_bias,    out_proj_weight, out_proj_bias, conv_weight, conv_bias,
       x_proj_weight,  dt_weight,       dt_bias,         A_log,         D,           conv_weight_b,
       conv_bias_b,    x_proj_weight_b, dt_weight_b,     dt_bias_b,     A_b_log,     D_b};
-  const OuterProjections outer{in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias};
-  const auto directions =
-      mixer_directions({conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A_log, D, conv_weight_b, conv_bias_b,
-                        x_proj_weight_b, dt_weight_b, dt_bias_b, A_b_log, D_b});
+  const OuterProjections outer = outer_projections(parameters);
+  const auto directions = mixer_directions(parameters);
   const Tensor hidden = as_contiguous(hidden_states), dout_rows = as_rows(as_contiguous(dout));
   Scratch scratch(hidden), passing(hidden);  // passing: of one direction
   const PreparedMixer prepared = prepare(outer, directions, hidden, true, scratch);
