@@ -8,7 +8,7 @@
 // tensor cores: a product with a matrix of ones and zeros. Nothing is added in an order that could change.
 #pragma once
 
-#include "scan_gpu.cuh"
+#include "scan_adjoint.cuh"
 
 namespace mamba_ssm {
 
@@ -707,64 +707,6 @@ __global__ void __launch_bounds__(tile::kThreads, tile::kBackwardBlocks)
   return_tile<Method, T>(scan, out, this_tile(scan, blockIdx.y), Lane(), shared_memory<BackwardMemory<T>>());
 }
 
-// What each segment but the first makes of the adjoint behind it: decay · adjoint + local.
-template <class Method, Dtype T>
-__global__ void __launch_bounds__(tile::kThreads, tile::kBackwardBlocks)
-    scan_backward_sums_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuScan scan,
-                              MAMBA_SSM_CONSTANT_PARAMETER GpuScanGradients out,
-                              MAMBA_SSM_CONSTANT_PARAMETER SegmentSums sums) {
-  using Quick = typename form::Backward<Method, T>::Quick;
-  BackwardWarp<T>& memory = shared_memory<BackwardMemory<T>>().warps[threadIdx.x / kWarp];
-  const ScanParams& p = scan.p;
-  const WarpTile t = this_tile(scan, blockIdx.y + 1);
-  if (t.channels == 0) return;
-  const Lane lane;
-  States A, adjoint, decay;
-  load_states(scan, t, lane, p.A, 0, -1.0f, A);
-  typename Quick::Coefficients k[tile::kSlots][tile::kThreadStates];
-#pragma unroll
-  for (int s = 0; s < tile::kSlots; ++s) {
-#pragma unroll
-    for (int j = 0; j < tile::kThreadStates; ++j) {
-      k[s][j] = Quick::prepare(A[s][j]);
-      adjoint[s][j] = 0.0f;
-      decay[s][j] = 1.0f;
-    }
-  }
-  const int c = 2 * lane.pair;
-  const float2 bias = {load_parameter(p.delta_bias, t, c), load_parameter(p.delta_bias, t, c + 1)};
-  const QuickLimits<Quick, Quick, true> limits(A);
-  make_streams(scan, out, t, lane, memory);
-  start_inputs(scan, lane, {t.end_chunk - 1, 0, true}, memory);
-#pragma unroll 1
-  for (int chunk = t.end_chunk - 1; chunk >= t.first_chunk; --chunk) {
-    const int steps = chunk_steps(p, chunk);
-    wait_for_copies();
-    __syncwarp();
-    stage_chunk(p, lane, steps, bias, limits, memory);
-    __syncwarp();
-    start_inputs(scan, lane, {chunk - 1, 0, true}, memory);
-#pragma unroll
-    for (int step = tile::kSteps - 1; step >= 0; --step) {
-      float C[tile::kThreadStates];
-      read_row(memory.matrices[step] + tile::kStates + lane.first_state(), C);
-#pragma unroll
-      for (int s = 0; s < tile::kSlots; ++s) {
-        const float4 in = memory.step[step][s == 0 ? lane.index : lane.partner()];
-#pragma unroll
-        for (int j = 0; j < tile::kThreadStates; ++j) {
-          const float a_bar = Quick::a_bar(in.x, k[s][j]);
-          adjoint[s][j] = (C[j] * in.z + adjoint[s][j]) * a_bar;
-          decay[s][j] *= a_bar;
-        }
-      }
-    }
-    __syncwarp();
-  }
-  store_states(scan, t, lane, sums.decay, segment_row(scan, t), decay);
-  store_states(scan, t, lane, sums.local, segment_row(scan, t), adjoint);
-}
-
 template <Dtype T>
 const char* launch_scan_backward(const GpuScan& scan, const GpuScanGradients& gradients, const SegmentSums* sums,
                                  void* stream) {
@@ -783,7 +725,7 @@ const char* launch_scan_backward(const GpuScan& scan, const GpuScanGradients& gr
                                              sizeof(BackwardMemory<T>), stream, scan, gradients);
   }
   return launch<GpuScan, GpuScanGradients, SegmentSums>(kSumsKernels[p.method], blocks, scan.segments - 1,
-                                                        tile::kThreads, sizeof(BackwardMemory<T>), stream, scan,
+                                                        tile::kThreads, sizeof(AdjointMemory<T>), stream, scan,
                                                         gradients, *sums);
 }
 

@@ -10,6 +10,9 @@ template __global__ void scan_forward_kernel<Zoh, Dtype::bf16, Output::gated>(co
                                                                               const __grid_constant__ SegmentSums);
 template __global__ void scan_backward_kernel<Zoh, Dtype::bf16>(const __grid_constant__ GpuScan,
                                                                 const __grid_constant__ GpuScanGradients);
+template __global__ void scan_backward_sums_kernel<Zoh, Dtype::bf16>(const __grid_constant__ GpuScan,
+                                                                     const __grid_constant__ GpuScanGradients,
+                                                                     const __grid_constant__ SegmentSums);
 template __global__ void scan_spread_kernel<Zoh, Dtype::bf16, Output::gated, 4>(const __grid_constant__ GpuScan);
 template __global__ void scan_spread_kernel<Zoh, Dtype::bf16, Output::gated, 8>(const __grid_constant__ GpuScan);
 
