@@ -308,7 +308,7 @@ def test_kernels_say_what_they_cannot_take(device):
         (r"x must be float32, float16 or bfloat16", (x.double(), weight, None, None, None)),
         (r"weight must have 8 elements", (x, x.new_ones(9), None, None, None)),
         (r"bias must have 8 elements", (x, weight, x.new_ones(7), None, None)),
-        (r"residual must be \(rows, dim\) like x", (x, weight, None, x[:5], None)),
+        (r"residual must have the shape of x", (x, weight, None, x[:5], None)),
         (r"scale has 4 elements.*6 rows", (x, weight, None, None, x.new_ones(4))),
     ):
         with pytest.raises(RuntimeError, match=message):

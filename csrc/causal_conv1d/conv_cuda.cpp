@@ -153,8 +153,7 @@ ConvGradients conv_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight
   const bool rows = divide(conv, true);
   const i64 walks = p.batch * conv.chunks, weights = p.dim * p.width, size = weights + p.dim;
   Scratch own_scratch(x);
-  const Tensor partial = (scratch == nullptr ? own_scratch : *scratch).floats({walks, size});
-  p.partial = partial.mutable_data_ptr<float>();
+  p.partial = (scratch == nullptr ? own_scratch : *scratch).float_memory(walks * size);
   const auto result = [&](const Sizes& sizes) {
     return scratch == nullptr ? new_floats(x, sizes) : scratch->floats(sizes);
   };
@@ -192,8 +191,7 @@ ConvPairGradients conv_pair_bwd(const Tensor (&dout)[2], const Tensor& x, const 
   if (!pair.has_value()) return conv_each_bwd(dout, x, filters, dx, scratch);
   ConvProblem& p = pair->p;
   const i64 walks = p.batch * pair->chunks, weights = p.dim * p.width, size = weights + p.dim;
-  const Tensor partial = scratch.floats({walks, 2, size});
-  p.partial = partial.mutable_data_ptr<float>();
+  p.partial = scratch.float_memory(walks * 2 * size);
   const ConvPairGradients result{{scratch.floats({p.dim, p.width}), scratch.floats({p.dim, p.width})},
                                  {scratch.floats({p.dim}), scratch.floats({p.dim})}};
   check_launch(launch_conv_pair(*pair, device.stream()));

@@ -66,18 +66,36 @@ inline Tensor part_of(const Tensor& t, std::int64_t dimension, std::int64_t firs
 }
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  std::int32_t types[2] = {}, indices[2] = {};
+  const Tensor* tensors[] = {&a, &b};
+  for (int i = 0; i < 2; ++i) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensors[i]->get(), &types[i]));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensors[i]->get(), &indices[i]));
+  }
+  return types[0] == types[1] && indices[0] == indices[1];
+}
+
 // Tensors that live no longer than an operator's call. Each takes microseconds to make, so small ones share the memory
 // of one, for each dtype, and large ones are used again after release().
 class Scratch {
  public:
   explicit Scratch(const Tensor& like) : like_(like) {}
 
-  Tensor tensor(const Sizes& sizes, ScalarType dtype) {
-    std::int64_t count = 1;
-    for (std::int64_t n : sizes) count *= n;
-    return count > kSmall ? large(sizes, count, dtype) : small(sizes, count, dtype);
+  Tensor tensor(const Sizes& sizes, ScalarType dtype) { return tensor(sizes, contiguous_strides(sizes), dtype); }
+  // (rows, columns), the columns one after the other.
+  Tensor by_columns(std::int64_t rows, std::int64_t columns, ScalarType dtype) {
+    return tensor({rows, columns}, {1, rows}, dtype);
   }
   Tensor floats(const Sizes& sizes) { return tensor(sizes, ScalarType::Float); }
+  // So many floats, which need not be a tensor.
+  float* float_memory(std::int64_t count) {
+    if (count > kSmall) {
+      return static_cast<float*>(large({count}, {1}, count, ScalarType::Float).data_ptr());
+    }
+    Pool& pool = pool_of(ScalarType::Float, count);
+    return static_cast<float*>(pool.memory->data_ptr()) + take(pool, count);
+  }
   // The large tensors made so far are not read any more by what is launched from now on.
   void release() {
     for (Kept& kept : kept_) kept.free = true;
@@ -96,27 +114,43 @@ class Scratch {
   };
   static constexpr std::int64_t kPool = 1 << 20, kSmall = kPool / 4, kAlignment = 128;
 
-  Tensor small(const Sizes& sizes, std::int64_t count, ScalarType dtype) {
+  Tensor tensor(const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+    std::int64_t count = 1;
+    for (std::int64_t n : sizes) count *= n;
+    return count > kSmall ? large(sizes, strides, count, dtype) : small(sizes, strides, count, dtype);
+  }
+  Tensor small(const Sizes& sizes, const Sizes& strides, std::int64_t count, ScalarType dtype) {
+    Pool& pool = pool_of(dtype, count);
+    return view_of(*pool.memory, sizes, strides, take(pool, count));
+  }
+  // With room for `count` more.
+  Pool& pool_of(ScalarType dtype, std::int64_t count) {
     Pool& pool = dtype == ScalarType::Float ? floats_ : halves_;
     if (!pool.memory.has_value() || pool.memory->scalar_type() != dtype || pool.used + count > kPool) {
+      if (pool.memory.has_value()) full_.push_back(*pool.memory);
       pool = {new_tensor(like_, {kPool}, dtype), 0};
     }
-    Tensor result = view_of(*pool.memory, sizes, contiguous_strides(sizes), pool.used);
-    pool.used += (count + kAlignment - 1) / kAlignment * kAlignment;
-    return result;
+    return pool;
   }
-  Tensor large(const Sizes& sizes, std::int64_t count, ScalarType dtype) {
+  static std::int64_t take(Pool& pool, std::int64_t count) {
+    const std::int64_t first = pool.used;
+    pool.used += (count + kAlignment - 1) / kAlignment * kAlignment;
+    return first;
+  }
+  Tensor large(const Sizes& sizes, const Sizes& strides, std::int64_t count, ScalarType dtype) {
     for (Kept& kept : kept_) {
       if (!kept.free || kept.count != count || kept.dtype != dtype) continue;
       kept.free = false;
-      return view_of(kept.memory, sizes, contiguous_strides(sizes));
+      return view_of(kept.memory, sizes, strides);
     }
     kept_.push_back({new_tensor(like_, sizes, dtype), count, dtype, false});
-    return kept_.back().memory;
+    const Tensor& memory = kept_.back().memory;
+    return strides == contiguous_strides(sizes) ? memory : view_of(memory, sizes, strides);
   }
 
   Tensor like_;
   Pool floats_, halves_;
+  std::vector<Tensor> full_;  // what is in pools is no tensor that would keep them
   std::vector<Kept> kept_;
 };
 // With a scratch, there.

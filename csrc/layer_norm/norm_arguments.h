@@ -2,22 +2,49 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "norm.h"
 #include "tensors.h"
 
 namespace mamba_ssm {
 
-inline Tensor with_adjacent_elements(const Tensor& tensor) {
-  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+// x, residual, y, h and their gradients are (..., dim): rows of dim elements.
+inline std::int64_t dim_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() > 0, "x must be (..., dim)");
+  return tensor.size(tensor.dim() - 1);
+}
+inline std::int64_t row_count(const Tensor& tensor) {
+  return tensor.numel() / std::max<std::int64_t>(1, dim_of(tensor));
 }
 
-inline NormRows input(const Tensor& tensor) { return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0)}; }
-inline NormRows output(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.stride(0)}; }
+// The distance of a tensor's rows, which are in order of memory; or nothing where they are not at equal distances.
+inline std::optional<std::int64_t> row_distance(const Tensor& tensor) {
+  std::optional<std::int64_t> distance;
+  std::int64_t next = 0;  // from one index of the dimension before to the next
+  for (std::int64_t i = tensor.dim() - 2; i >= 0; --i) {
+    if (tensor.size(i) == 1) continue;
+    if (distance.has_value() && tensor.stride(i) != next) return std::nullopt;
+    if (!distance.has_value()) distance = tensor.stride(i);
+    next = tensor.size(i) * tensor.stride(i);
+  }
+  return distance.has_value() ? distance : dim_of(tensor);
+}
+// The same, copied where its elements are not adjacent or its rows not at equal distances.
+inline Tensor with_rows(const Tensor& tensor) {
+  const bool fits = dim_of(tensor) >= 0 && tensor.stride(tensor.dim() - 1) == 1 && row_distance(tensor).has_value();
+  return fits ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline NormRows input(const Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()), *row_distance(tensor)};
+}
+inline NormRows output(const Tensor& tensor) { return {tensor.mutable_data_ptr(), dim_of(tensor)}; }
 
 inline void check_rows(const Tensor& tensor, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1), name,
-                  " must be (rows, dim) like x");
+  bool same = tensor.dim() == x.dim();
+  for (std::int64_t i = 0; same && i < x.dim(); ++i) same = tensor.size(i) == x.size(i);
+  STD_TORCH_CHECK(same, name, " must have the shape of x");
 }
 inline void check_vector(const Tensor& tensor, std::int64_t size, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, " must have ", size, " elements");
@@ -31,9 +58,10 @@ inline void check_statistics(const Tensor& mean, const Tensor& rstd, std::int64_
 // The number of x's rows that share one element of `scale`.
 inline std::int64_t rows_per_scale(const Tensor& scale, const Tensor& x) {
   const std::int64_t count = scale.size(0);
-  STD_TORCH_CHECK(scale.dim() == 1 && (x.size(0) == 0 || (count > 0 && x.size(0) % count == 0)), "scale has ", count,
-                  " elements, which does not divide the ", x.size(0), " rows of x");
-  return x.size(0) / std::max<std::int64_t>(1, count);
+  const std::int64_t rows = row_count(x);
+  STD_TORCH_CHECK(scale.dim() == 1 && (rows == 0 || (count > 0 && rows % count == 0)), "scale has ", count,
+                  " elements, which does not divide the ", rows, " rows of x");
+  return rows / std::max<std::int64_t>(1, count);
 }
 
 // The dtype of h and its gradients.

@@ -27,8 +27,8 @@ Tensor as_float(const Tensor& tensor, i64 size, const char* name) {
 NormProblem problem_of(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, double eps,
                        bool is_rms_norm) {
   NormProblem p{};
-  p.rows = x.size(0);
-  p.dim = x.size(1);
+  p.rows = row_count(x);
+  p.dim = dim_of(x);
   p.dtype = kernel_dtype(x, "x");
   p.is_rms_norm = is_rms_norm;
   p.eps = static_cast<float>(eps);
@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_fwd(const Tensor& x_in, cons
                                                         const OptionalTensor& residual_in,
                                                         const OptionalTensor& scale_in, double eps,
                                                         bool residual_in_fp32, bool is_rms_norm, bool keep_sum) {
-  const Tensor x = with_adjacent_elements(x_in);
-  const Tensor weight = as_float(weight_in, x.size(1), "weight");
+  const Tensor x = with_rows(x_in);
+  const Tensor weight = as_float(weight_in, dim_of(x), "weight");
   const OptionalTensor scale = scale_of(scale_in);
   OptionalTensor bias, residual;
   NormProblem p = problem_of(x, weight, scale, eps, is_rms_norm);
@@ -63,13 +63,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_fwd(const Tensor& x_in, cons
   }
   if (residual_in.has_value()) {
     check_rows(*residual_in, x, "residual");
-    residual = with_adjacent_elements(*residual_in);
+    residual = with_rows(*residual_in);
     p.residual = input(*residual);
   }
   p.x = input(x);
-  Tensor y = torch::stable::new_empty(x, {p.rows, p.dim});
+  Tensor y = torch::stable::new_empty(x, x.sizes());
   p.y = output(y);
-  Tensor h = torch::stable::new_empty(x, {keep_sum ? p.rows : 0, p.dim}, stream_dtype(x, residual, residual_in_fp32));
+  Tensor h =
+      torch::stable::new_empty(x, keep_sum ? sizes_of(x) : Sizes{0}, stream_dtype(x, residual, residual_in_fp32));
   p.stream_dtype = kernel_dtype(h, "residual");
   if (keep_sum) p.h = output(h);
   Tensor mean = torch::stable::new_empty(x, {is_rms_norm ? 0 : p.rows}, kFloat);
@@ -90,9 +91,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_bwd(const Tensor& dy_in, con
                                                         const OptionalTensor& scale_in, const Tensor& mean,
                                                         const Tensor& rstd, bool is_rms_norm, bool has_bias,
                                                         bool separate_dresidual) {
-  const Tensor dy = with_adjacent_elements(dy_in), h = with_adjacent_elements(h_in);
+  const Tensor dy = with_rows(dy_in), h = with_rows(h_in);
   check_rows(h, dy, "h");
-  const Tensor weight = as_float(weight_in, dy.size(1), "weight");
+  const Tensor weight = as_float(weight_in, dim_of(dy), "weight");
   const OptionalTensor scale = scale_of(scale_in);
   OptionalTensor dh;
   NormProblem p = problem_of(dy, weight, scale, 0.0, is_rms_norm);
@@ -105,12 +106,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_bwd(const Tensor& dy_in, con
   if (dh_in.has_value()) {
     check_rows(*dh_in, dy, "dh");
     STD_TORCH_CHECK(kernel_dtype(*dh_in, "dh") == p.stream_dtype, "dh must have the dtype of h");
-    dh = with_adjacent_elements(*dh_in);
+    dh = with_rows(*dh_in);
     p.dh = input(*dh);
   }
-  Tensor dx = torch::stable::new_empty(dy, {p.rows, p.dim});
+  Tensor dx = torch::stable::new_empty(dy, dy.sizes());
   p.dx = output(dx);
-  Tensor dresidual = torch::stable::new_empty(h, {separate_dresidual ? p.rows : 0, p.dim});
+  Tensor dresidual = torch::stable::new_empty(h, separate_dresidual ? sizes_of(h) : Sizes{0});
   if (separate_dresidual) p.dresidual = output(dresidual);
   p.sum_dbias = has_bias;
   const i64 blocks = norm_blocks(p);

@@ -26,8 +26,8 @@ NormParameter parameter(const Tensor& contiguous, const char* name) {
 GpuNorm norm_of(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, double eps, bool is_rms_norm) {
   GpuNorm norm{};
   NormProblem& p = norm.p;
-  p.rows = x.size(0);
-  p.dim = x.size(1);
+  p.rows = row_count(x);
+  p.dim = dim_of(x);
   STD_TORCH_CHECK(p.dim >= 1 && p.dim <= kNormMostColumns, "x has ", p.dim, " columns, but the CUDA kernel takes 1 to ",
                   kNormMostColumns, ": use the PyTorch reference, with VIM_USE_CUDA_KERNEL=0 or use_cuda_kernel=False");
   STD_TORCH_CHECK(p.rows <= kNormMostRows, "x has ", p.rows, " rows, but the CUDA kernel takes ", kNormMostRows,
@@ -44,8 +44,8 @@ GpuNorm norm_of(const Tensor& x, const Tensor& weight, const OptionalTensor& sca
   return norm;
 }
 
-OptionalTensor with_adjacent_elements(const OptionalTensor& tensor) {
-  return tensor.has_value() ? OptionalTensor(mamba_ssm::with_adjacent_elements(*tensor)) : std::nullopt;
+OptionalTensor with_rows(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(mamba_ssm::with_rows(*tensor)) : std::nullopt;
 }
 
 // h is empty unless keep_sum; mean is empty for RMSNorm.
@@ -53,9 +53,9 @@ Four add_norm_fwd(const Tensor& x_in, const Tensor& weight_in, const OptionalTen
                   const OptionalTensor& residual_in, const OptionalTensor& scale_in, double eps, bool residual_in_fp32,
                   bool is_rms_norm, bool keep_sum) {
   const DeviceOf device(x_in);
-  const Tensor x = mamba_ssm::with_adjacent_elements(x_in), weight = mamba_ssm::with_adjacent_elements(weight_in);
-  const OptionalTensor bias = with_adjacent_elements(bias_in), residual = with_adjacent_elements(residual_in);
-  const OptionalTensor scale = with_adjacent_elements(scale_in);
+  const Tensor x = mamba_ssm::with_rows(x_in), weight = as_contiguous(weight_in);
+  const OptionalTensor bias = with_rows(bias_in), residual = with_rows(residual_in);
+  const OptionalTensor scale = with_rows(scale_in);
   GpuNorm norm = norm_of(x, weight, scale, eps, is_rms_norm);
   NormProblem& p = norm.p;
   p.x = input(x);
@@ -67,8 +67,8 @@ Four add_norm_fwd(const Tensor& x_in, const Tensor& weight_in, const OptionalTen
     check_rows(*residual, x, "residual");
     p.residual = input(*residual);
   }
-  const Tensor y = new_tensor(x, {p.rows, p.dim});
-  const Tensor h = new_tensor(x, {keep_sum ? p.rows : 0, p.dim}, stream_dtype(x, residual, residual_in_fp32));
+  const Tensor y = new_tensor(x, sizes_of(x));
+  const Tensor h = new_tensor(x, keep_sum ? sizes_of(x) : Sizes{0}, stream_dtype(x, residual, residual_in_fp32));
   const Tensor mean = new_floats(x, {is_rms_norm ? 0 : p.rows}), rstd = new_floats(x, {p.rows});
   // Without residual and h, it is nothing's.
   p.stream_dtype = keep_sum || residual.has_value() ? kernel_dtype(h, "residual") : Dtype::f32;
@@ -87,9 +87,9 @@ Four add_norm_bwd(const Tensor& dy_in, const OptionalTensor& dh_in, const Tensor
                   const OptionalTensor& scale_in, const Tensor& mean, const Tensor& rstd, bool is_rms_norm,
                   bool has_bias, bool separate_dresidual) {
   const DeviceOf device(dy_in);
-  const Tensor dy = mamba_ssm::with_adjacent_elements(dy_in), h = mamba_ssm::with_adjacent_elements(h_in);
-  const Tensor weight = mamba_ssm::with_adjacent_elements(weight_in);
-  const OptionalTensor dh = with_adjacent_elements(dh_in), scale = with_adjacent_elements(scale_in);
+  const Tensor dy = mamba_ssm::with_rows(dy_in), h = mamba_ssm::with_rows(h_in);
+  const Tensor weight = as_contiguous(weight_in);
+  const OptionalTensor dh = with_rows(dh_in), scale = with_rows(scale_in);
   GpuNorm norm = norm_of(dy, weight, scale, 0.0, is_rms_norm);
   NormProblem& p = norm.p;
   check_rows(h, dy, "h");
@@ -104,8 +104,8 @@ Four add_norm_bwd(const Tensor& dy_in, const OptionalTensor& dh_in, const Tensor
   check_statistics(mean, rstd, p.rows, is_rms_norm);
   p.mean = const_cast<float*>(mean.const_data_ptr<float>());
   p.rstd = const_cast<float*>(rstd.const_data_ptr<float>());
-  const Tensor dx = new_tensor(dy, {p.rows, p.dim});
-  const Tensor dresidual = new_tensor(h, {separate_dresidual ? p.rows : 0, p.dim});
+  const Tensor dx = new_tensor(dy, sizes_of(dy));
+  const Tensor dresidual = new_tensor(h, separate_dresidual ? sizes_of(h) : Sizes{0});
   p.dx = output(dx);
   if (separate_dresidual) p.dresidual = output(dresidual);
   p.sum_dbias = has_bias;

@@ -77,15 +77,17 @@ struct MixerDirection {
     STD_TORCH_CHECK(A_log.dim() == 2 && dt_weight.dim() == 2 && conv_weight.dim() == 3,
                     "A_log must be (channels, states), dt_weight (channels, rank), conv_weight (channels, 1, width)");
     channels = A_log.size(0), states = A_log.size(1), rank = dt_weight.size(1);
-    check_shape(dt_weight, {channels, rank}, "dt_weight");
+    check_shape(conv_weight, {channels, 1, conv_weight.size(2)}, "conv_weight");
     check_shape(x_proj_weight, {rank + 2 * states, channels}, "x_proj_weight");
+    check_shape(dt_weight, {channels, rank}, "dt_weight");
+    for (const OptionalTensor* vector : {&conv_bias, &dt_bias, &D}) check_shape(*vector, {channels}, "a bias, or D,");
     const auto aligned = [](std::int64_t n) {
       return (n + kColumnAlignment - 1) / kColumnAlignment * kColumnAlignment;
     };
     rank_columns = aligned(rank), state_columns = aligned(states), columns = rank_columns + 2 * state_columns;
   }
 
-  bool has_gaps() const { return columns != rank + 2 * states; }
+  bool has_gaps_between_states() const { return state_columns != states; }
   Tensor conv_rows() const {
     return view_of(conv_weight, {channels, conv_weight.size(2)}, {conv_weight.stride(0), conv_weight.stride(2)});
   }
@@ -135,6 +137,7 @@ inline Tensor multiply(const Tensor& a, const Tensor& b, const OptionalTensor& a
 }
 inline Tensor transposed(const Tensor& t) { return transposed(t, 0, 1); }
 inline Tensor to_float(const Tensor& t) {
+  kernel_dtype(t, "parameter");  // throws for others
   return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 inline OptionalTensor to_float(const OptionalTensor& t) { return t.has_value() ? to_float(*t) : t; }
@@ -190,7 +193,8 @@ inline std::array<Part, 3> parts_of(const MixerDirection& d) {
           Part{d.rank_columns + d.state_columns, d.states, d.rank + d.states}};
 }
 
-// What is made of the parameters before use.
+// What is made of the parameters before use. The weights of the outer projections and of x_proj are transposed for the
+// forward pass, (inputs, outputs).
 struct PreparedDirection {
   Tensor A;           // (channels, states) float32: −exp(A_log)
   Tensor x_proj;      // (columns, channels) in the activations' dtype, zeros in the gaps
@@ -205,30 +209,45 @@ struct PreparedMixer {
 inline PreparedMixer prepare(const OuterProjections& outer, const std::vector<MixerDirection>& directions,
                              const Tensor& activations, bool backward, Scratch& scratch) {
   std::vector<MatrixJob> jobs;
-  const auto tensor = [&](const Sizes& sizes) { return scratch.tensor(sizes, activations.scalar_type()); };
-  const auto convert = [&](OptionalTensor& t) {
-    if (!t.has_value() || t->scalar_type() == activations.scalar_type()) return;
-    const Tensor converted = tensor(sizes_of(*t));
+  const ScalarType dtype = activations.scalar_type();
+  // A weight (outputs, inputs), and how jobs write it.
+  const auto weight = [&](std::int64_t outputs, std::int64_t inputs) {
+    return backward ? scratch.tensor({outputs, inputs}, dtype) : scratch.by_columns(inputs, outputs, dtype);
+  };
+  const auto written = [&](const Tensor& t) { return backward ? MatrixView(t) : MatrixView(t).transposed(); };
+  const auto convert_weight = [&](OptionalTensor& t) {
+    if (!t.has_value()) return;
+    if (t->scalar_type() == dtype) {
+      if (!backward) t = transposed(*t);
+      return;
+    }
+    const Tensor converted = weight(t->size(0), t->size(1));
+    jobs.push_back(copy_job(MatrixView(*t), written(converted)));
+    t = converted;
+  };
+  const auto convert_bias = [&](OptionalTensor& t) {
+    if (!t.has_value() || t->scalar_type() == dtype) return;
+    const Tensor converted = scratch.tensor(sizes_of(*t), dtype);
     jobs.push_back(copy_job(MatrixView(*t), MatrixView(converted)));
     t = converted;
   };
   PreparedMixer prepared{outer, {}};
-  convert(prepared.outer.in_weight);
-  convert(prepared.outer.out_weight);
+  convert_weight(prepared.outer.in_weight);
+  convert_weight(prepared.outer.out_weight);
   if (!backward) {
-    convert(prepared.outer.in_bias);
-    convert(prepared.outer.out_bias);
+    convert_bias(prepared.outer.in_bias);
+    convert_bias(prepared.outer.out_bias);
   }
   for (const MixerDirection& d : directions) {
     PreparedDirection p{scratch.floats({d.channels, d.states}),
-                        tensor({d.columns, d.channels}),
-                        backward ? OptionalTensor(tensor({d.channels, d.rank_columns})) : std::nullopt,
+                        weight(d.columns, d.channels),
+                        backward ? OptionalTensor(scratch.tensor({d.channels, d.rank_columns}, dtype)) : std::nullopt,
                         to_float(d.dt_weight),
                         to_float(d.dt_bias),
                         to_float(d.D)};
     jobs.push_back(copy_job(MatrixView(d.A_log), MatrixView(p.A)));
     jobs.back().negative_exponential = true;
-    const MatrixView from(d.x_proj_weight), to(p.x_proj);
+    const MatrixView from(d.x_proj_weight), to = written(p.x_proj);
     std::int64_t end = 0;
     const auto fill_to = [&](std::int64_t column) {
       if (column > end) jobs.push_back(zero_job(to.rows_from(end, column - end)));
@@ -252,11 +271,12 @@ inline PreparedMixer prepare(const OuterProjections& outer, const std::vector<Mi
 
 // The parts of x_proj's output or of its gradient, (batch · length, columns), as (batch, width, length).
 inline std::array<Tensor, 3> split(const MixerDirection& d, const Tensor& rows, const Tensor& like) {
-  const Tensor sequences = sequences_of(rows, like);
-  std::array<Tensor, 3> result{sequences, sequences, sequences};
+  const std::int64_t length = like.size(2), row = rows.stride(0), column = rows.stride(1);
+  const auto part = [&](const Part& p) {
+    return view_of(rows, {like.size(0), p.width, length}, {length * row, column, row}, p.column * column);
+  };
   const auto parts = parts_of(d);
-  for (int i = 0; i < 3; ++i) result[i] = part_of(sequences, 1, parts[i].column, parts[i].width);
-  return result;
+  return {part(parts[0]), part(parts[1]), part(parts[2])};
 }
 
 // ---- convolutions --------------------------------------------------------------------------------------------------
@@ -312,7 +332,11 @@ inline MixerResults mixer_forward(Tensor hidden_states, OptionalTensor in_proj_w
       conv_bias_b,    x_proj_weight_b, dt_weight_b,     dt_bias_b,     A_b_log,     D_b};
   const OuterProjections outer = outer_projections(parameters);
   const auto directions = mixer_directions(parameters);
-  STD_TORCH_CHECK(hidden_states.dim() == 3, "hidden_states must be (batch, length, inputs)");
+  STD_TORCH_CHECK(hidden_states.dim() == 3 && hidden_states.numel() > 0,
+                  "hidden_states must be (batch, length, inputs), each at least 1");
+  for (const OptionalTensor& t : parameters) {
+    STD_TORCH_CHECK(!t.has_value() || on_one_device(*t, hidden_states), "parameters must be where hidden_states is");
+  }
   const std::int64_t batch = hidden_states.size(0), length = hidden_states.size(1), channels = directions[0].channels;
   outer.check(hidden_states.size(2), channels);
   const Tensor hidden = as_contiguous(hidden_states);
@@ -321,7 +345,7 @@ inline MixerResults mixer_forward(Tensor hidden_states, OptionalTensor in_proj_w
   Tensor xz = hidden;
   if (outer.in_weight.has_value()) {
     xz = new_tensor(hidden, {batch, length, 2 * channels});
-    multiply_matrices(as_rows(xz), as_rows(hidden), transposed(*prepared.outer.in_weight), prepared.outer.in_bias);
+    multiply_matrices(as_rows(xz), as_rows(hidden), *prepared.outer.in_weight, prepared.outer.in_bias);
   }
   const Tensor x = half_of(xz, 0), z = half_of(xz, 1);
   OptionalTensor sum;
@@ -331,7 +355,7 @@ inline MixerResults mixer_forward(Tensor hidden_states, OptionalTensor in_proj_w
     const PreparedDirection& p = prepared.directions[i];
     const bool last = i + 1 == directions.size();
     const Tensor u = convolve(d, x, passing);
-    const Tensor projected = multiply(rows_of(u), transposed(p.x_proj));
+    const Tensor projected = multiply(rows_of(u), p.x_proj);
     const auto [dt, B, C] = split(d, projected, u);
     const ScanArguments arguments{u,
                                   dt,
@@ -355,11 +379,12 @@ inline MixerResults mixer_forward(Tensor hidden_states, OptionalTensor in_proj_w
   }
   const auto nothing = [&] { return new_tensor(hidden, {0}); };
   const auto result = [&](int i) { return kept[i].has_value() ? *kept[i] : nothing(); };
-  Tensor out = transposed(*sum, 1, 2), y = *sum;
+  Tensor y = *sum, out;
   if (outer.out_weight.has_value()) {
     out = new_tensor(hidden, {batch, length, outer.out_weight->size(0)});
-    multiply_matrices(as_rows(out), rows_of(y), transposed(*prepared.outer.out_weight), prepared.outer.out_bias);
+    multiply_matrices(as_rows(out), rows_of(y), *prepared.outer.out_weight, prepared.outer.out_bias);
   } else {
+    out = transposed(y, 1, 2);
     y = nothing();
   }
   return {out, outer.in_weight.has_value() ? xz : nothing(), y, result(0), result(1), result(2), result(3)};
@@ -442,7 +467,8 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Optional
     const ScanArguments arguments{u,         dt,    p.A, B, C, p.D, z, p.dt_bias, p.dt_float, scale, delta_softplus,
                                   d.reverse, method};
     const Tensor dprojected = new_tensor(x, sizes_of(kept));
-    if (d.has_gaps()) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(dprojected.get()));
+    // What nothing writes below, as the product does the columns between the rank and B.
+    if (d.has_gaps_between_states()) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(dprojected.get()));
     const auto [ddt, dB, dC] = split(d, dprojected, u);
     const auto as_group = [](const Tensor& t) {  // (batch, 1, states, length)
       return view_of(t, {t.size(0), 1, t.size(1), t.size(2)}, {t.stride(0), 0, t.stride(1), t.stride(2)});

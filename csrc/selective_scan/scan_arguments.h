@@ -27,9 +27,10 @@ inline void check_shape(const OptionalTensor& t, std::initializer_list<std::int6
   if (!t.has_value()) return;
   bool same = t->dim() == static_cast<std::int64_t>(size.size());
   for (std::int64_t i = 0; same && i < t->dim(); ++i) same = t->size(i) == size.begin()[i];
+  if (same) return;
   std::string expected;
   for (std::int64_t n : size) expected.append(expected.empty() ? "" : ", ").append(std::to_string(n));
-  STD_TORCH_CHECK(same, name, " must have shape (", expected, ")");
+  STD_TORCH_CHECK(false, name, " must have shape (", expected, ")");
 }
 
 inline float* float_data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }

@@ -255,9 +255,7 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
     if (targets != nullptr) return wanted ? targets->results.floats(sizes) : Tensor();
     return new_floats(u, wanted ? sizes : Sizes{0});
   };
-  const auto floats = [&](bool wanted, const Sizes& sizes) {
-    return wanted ? OptionalTensor(scratch.floats(sizes)) : std::nullopt;
-  };
+  const auto floats = [&](bool wanted, i64 count) { return wanted ? scratch.float_memory(count) : nullptr; };
   Tensor du = new_activation(u, u.scalar_type());
   Tensor ddelta = new_activation(fast ? u : original_delta, ddelta_dtype, targets == nullptr ? nullptr : &scratch);
   const bool own_dz = targets == nullptr || float_dz;
@@ -283,24 +281,21 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
                    dz_rows = z.has_value() ? activation(dz, "dz", u) : Activation{};
   const Segments segments(u, scan, fast);
   const i64 rows = p.batch * scan.segments;
-  const OptionalTensor dA = floats(true, {rows, p.channels, p.states});
-  const OptionalTensor dD = floats(D.has_value(), {rows, p.channels});
-  const OptionalTensor ddelta_bias = floats(delta_bias.has_value(), {launches * rows, p.channels});
+  float* const dD = floats(D.has_value(), rows * p.channels);
+  float* const ddelta_bias = floats(delta_bias.has_value(), launches * rows * p.channels);
   const bool any_matrix = !p.B.constant || !p.C.constant;
-  const OptionalTensor partial = floats(any_matrix, {p.batch, p.groups, scan.tiles, p.length, 2 * tile::kStates});
   const i64 warps = p.batch * p.groups * scan.tiles * scan.segments * tile::kWarps;
   constexpr i64 kWarpStates = tile::kWarpChannels * tile::kStates;
-  const OptionalTensor kept_states =
-      floats(fast && scan.checkpoint_shift > 0, {warps, (i64{1} << scan.checkpoint_shift) - 1, kWarpStates});
 
   GpuScanGradients out{};
-  out.partial = float_data(partial);
-  out.kept_states = float_data(kept_states);
+  out.partial = floats(any_matrix, p.batch * p.groups * scan.tiles * p.length * 2 * tile::kStates);
+  out.kept_states =
+      floats(fast && scan.checkpoint_shift > 0, warps * ((i64{1} << scan.checkpoint_shift) - 1) * kWarpStates);
   ScanGradients& g = out.g;
   g.dout = activation(dout, "dout", u);
   g.dlast_state = float_data(dlast_state);
   g.dinitial_state = targets == nullptr ? float_data(dinitial_state) : nullptr;
-  g.dA = float_data(dA);
+  g.dA = floats(true, rows * p.channels * p.states);
   g.dB = p.B.constant ? float_data(dB) : nullptr;
   g.dC = p.C.constant ? float_data(dC) : nullptr;
 
@@ -315,8 +310,8 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
     g.ddelta = last ? activation(ddelta, "ddelta", u) : sum_rows(sum_ddelta);
     g.dz = last || !z.has_value() ? dz_rows : sum_rows(sum_dz);
     g.dz_addend = first || !z.has_value() ? addend_rows : sum_rows(sum_dz);
-    g.dD = last ? float_data(dD) : nullptr;
-    g.ddelta_bias = delta_bias.has_value() ? float_data(ddelta_bias) + index * rows * p.channels : nullptr;
+    g.dD = last ? dD : nullptr;
+    g.ddelta_bias = ddelta_bias != nullptr ? ddelta_bias + index * rows * p.channels : nullptr;
     if (!first) {
       out.sum_du = sum_rows(sum_du);
       out.sum_ddelta = sum_rows(sum_ddelta);
@@ -348,20 +343,19 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
     check_launch(launch_sum_tiles(sums, device.stream()));
   }
 
-  // The rows live until they are summed: memory freed before could become a total.
   RowSums sums[kMostRowSums];
   int count = 0;
-  const auto sum = [&](const OptionalTensor& rows, const Sizes& sizes) {
-    Tensor total = result(rows.has_value(), sizes);
-    if (rows.has_value() && total.numel() > 0)
-      sums[count++] = {float_data(rows), rows->size(0), total.numel(), total.numel(), float_data(total)};
+  const auto sum = [&](const float* parts, i64 row_count, const Sizes& sizes) {
+    Tensor total = result(parts != nullptr, sizes);
+    if (parts != nullptr && total.numel() > 0)
+      sums[count++] = {parts, row_count, total.numel(), total.numel(), float_data(total)};
     return total;
   };
-  const Tensor total_dA = sum(dA, {p.channels, p.states});
-  const Tensor total_dB = p.B.constant ? sum(dB, {p.channels, p.states}) : dB;
-  const Tensor total_dC = p.C.constant ? sum(dC, {p.channels, p.states}) : dC;
-  const Tensor total_dD = sum(dD, {p.channels});
-  const Tensor total_ddelta_bias = sum(ddelta_bias, {p.channels});
+  const Tensor total_dA = sum(g.dA, rows, {p.channels, p.states});
+  const Tensor total_dB = p.B.constant ? sum(g.dB, p.batch, {p.channels, p.states}) : dB;
+  const Tensor total_dC = p.C.constant ? sum(g.dC, p.batch, {p.channels, p.states}) : dC;
+  const Tensor total_dD = sum(dD, rows, {p.channels});
+  const Tensor total_ddelta_bias = sum(ddelta_bias, launches * rows, {p.channels});
   if (count > 0) check_launch(launch_sum_rows(sums, count, device.stream()));
   return {like_memory_of(original_u, du),
           like_memory_of(original_delta, ddelta),

@@ -30,7 +30,6 @@ from mamba_ssm.ops.selective_scan_ref import MAX_STATES
 from mamba_ssm.ops.selective_state_update import selective_state_update
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Mamba(nn.Module):
@@ -178,16 +177,15 @@ class Mamba(nn.Module):
 
     def _direction(self, suffix: str = "") -> Direction:
         """The parameters of the direction that reads as written, or with "_b" of the one against it."""
-        conv1d, x_proj, dt_proj = (getattr(self, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
-        A_log, D = (self.A_b_log, self.D_b) if suffix else (self.A_log, self.D)
+        conv1d, x_proj, dt_proj = (self._modules[name + suffix] for name in ("conv1d", "x_proj", "dt_proj"))
         return Direction(
-            conv1d.weight,
-            conv1d.bias,
-            x_proj.weight,
-            dt_proj.weight,
-            dt_proj.bias,
-            A_log,
-            D,
+            _parameter(conv1d, "weight"),
+            _parameter(conv1d, "bias"),
+            _parameter(x_proj, "weight"),
+            _parameter(dt_proj, "weight"),
+            _parameter(dt_proj, "bias"),
+            _parameter(self, "A_b_log" if suffix else "A_log"),
+            _parameter(self, "D" + suffix),
         )
 
     def _prefill(self, x: Tensor, z: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
@@ -304,9 +302,18 @@ class Mamba(nn.Module):
 def _plain_projection(layer: nn.Module) -> Projection | None:
     """The parameters of a linear layer of which nothing but those matters; None for other layers, such as an adapter's
     or a quantized one, and where there are hooks, as pruning has them."""
-    if type(layer) is not nn.Linear or any(getattr(layer, hooks) for hooks in _HOOKS):
+    if type(layer) is not nn.Linear:
         return None
-    return Projection(layer.weight, layer.bias)
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return None
+    return Projection(_parameter(layer, "weight"), _parameter(layer, "bias"))
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """The module's attribute, which as a parameter is not an attribute of Python's, and takes ten times as long to find
+    as one: a mixer has eighteen."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _without_weight_decay(value: Tensor) -> nn.Parameter:

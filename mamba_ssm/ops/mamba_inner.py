@@ -90,22 +90,40 @@ def mixer_fn(
     Returns (B, L, E'), or (B, L, D), in the activations' dtype. Raises ValueError for a wrong argument, which it names.
     """
     get_method(discretization_method)  # unknown: ValueError that lists the known
-    _check_mixer(hidden_states, in_proj, out_proj, forward, backward)
     device_type = hidden_states.device.type
     if hidden_states.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
+    groups = (hidden_states, in_proj, out_proj, forward, backward)
+    options = (scale, delta_softplus, discretization_method)
+    if not use_kernel(hidden_states, use_cuda_kernel):
+        _check_mixer(*groups)
+        xz = _linear(hidden_states, in_proj).transpose(1, 2)
+        return _linear(_mixer_scan_ref(*split_channels(xz), forward, backward, *options).mT, out_proj)
+    if torch.compiler.is_compiling():
+        _check_mixer(*groups)
+        return _mixer_kernel(*groups, options)
+    try:
+        return _mixer_kernel(*groups, options)
+    except Exception:
+        _check_mixer(*groups)  # the operator checks as much in a tenth of the time; this says more of what is wrong
+        raise
+
+
+def _mixer_kernel(
+    hidden_states: Tensor,
+    in_proj: Projection | None,
+    out_proj: Projection | None,
+    forward: Direction | None,
+    backward: Direction | None,
+    options: tuple[float, bool, str],
+) -> Tensor:
     outer = (*(in_proj or _NO_PROJECTION), *(out_proj or _NO_PROJECTION))
     parameters = (*outer, *(forward or _NO_DIRECTION), *(backward or _NO_DIRECTION))
-    if not use_kernel(hidden_states, use_cuda_kernel):
-        options = {"delta_softplus": delta_softplus, "discretization_method": discretization_method}
-        xz = _linear(hidden_states, in_proj).transpose(1, 2)
-        return _linear(_mixer_scan_ref(*split_channels(xz), forward, backward, scale, options).mT, out_proj)
-    A_log = next(d for d in (forward, backward) if d is not None).A_log
+    A_log = (backward if forward is None else forward).A_log
     steps = checkpoint_steps((hidden_states, *parameters), A_log, lean_length=hidden_states.shape[1])
-    options = (scale, delta_softplus, discretization_method, steps)
     if steps == 0:
-        return torch.ops.mamba_ssm.mixer_fwd(hidden_states, *parameters, *options)[0]
-    return _Mixer.apply(options, hidden_states, *parameters)
+        return torch.ops.mamba_ssm.mixer_fwd(hidden_states, *parameters, *options, 0)[0]
+    return _Mixer.apply((*options, steps), hidden_states, *parameters)
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -178,9 +196,16 @@ def at_least_float32(parameter: Tensor) -> Tensor:
 
 
 def _mixer_scan_ref(
-    x: Tensor, z: Tensor, forward: Direction | None, backward: Direction | None, scale: float, options: dict
+    x: Tensor,
+    z: Tensor,
+    forward: Direction | None,
+    backward: Direction | None,
+    scale: float,
+    delta_softplus: bool,
+    discretization_method: str,
 ) -> Tensor:
     """What `mixer_fn` does between its outer projections, composed of the PyTorch references: its specification."""
+    options = {"delta_softplus": delta_softplus, "discretization_method": discretization_method}
 
     def arguments(direction: Direction, reverse: bool) -> ScanArgs:
         return direction_arguments(x, direction, conv_fn=partial(causal_conv1d_ref, reverse=reverse))
@@ -223,6 +248,10 @@ _PARAMETERS = 2 * len(Projection._fields) + 2 * len(Direction._fields)
 @torch.library.register_fake("mamba_ssm::mixer_fwd")
 def _(hidden_states, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, *rest):
     *parameters, _scale, _delta_softplus, _method, steps = rest
+    # One tensor on the meta device is enough to come here instead of to a kernel, which would refuse it.
+    tensors = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, *parameters)
+    if any(t is not None and t.device != hidden_states.device for t in tensors):
+        raise RuntimeError("mixer_fwd: parameters must be where hidden_states is")
     batch, length, _ = hidden_states.shape
     kept, nothing = [], hidden_states.new_empty(0)
     for direction in _directions(parameters):

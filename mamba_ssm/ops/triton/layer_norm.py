@@ -17,21 +17,20 @@ def _check_arguments(
 ) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, but must be (..., dim) with dim >= 1")
-    dim = x.shape[-1]
-    tensors = {
-        "x": (x, x.shape, "(..., dim)"),
-        "weight": (weight, (dim,), "(dim,)"),
-        "bias": (bias, (dim,), "(dim,)"),
-        "residual": (residual, x.shape, "the shape of x"),
-        "drop_path_scale": (drop_path_scale, x.shape[:1], "(batch,)"),
-    }
-    for name, (tensor, shape, meaning) in tensors.items():
+    shape, device = x.shape, x.device
+    for name, tensor, expected, meaning in (
+        ("x", x, shape, "(..., dim)"),
+        ("weight", weight, shape[-1:], "(dim,)"),
+        ("bias", bias, shape[-1:], "(dim,)"),
+        ("residual", residual, shape, "the shape of x"),
+        ("drop_path_scale", drop_path_scale, shape[:1], "(batch,)"),
+    ):
         if tensor is None:
             continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but must be {meaning} = {tuple(shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}: move one with .to(device)")
+        if tensor.shape != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but must be {meaning} = {tuple(expected)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {device}: move one with .to(device)")
         if tensor.dtype not in _FLOATS:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}, but must be float32, float16, bfloat16 or float64: "
@@ -122,7 +121,7 @@ def rms_norm_ref(
 
 
 # ---- the compiled operators; implementations in csrc/layer_norm -----------------------------------------------------
-# x, residual, y and h are (rows, dim). h is empty unless keep_sum, dresidual unless separate_dresidual.
+# x, residual, y, h and their gradients are (..., dim). h is empty unless keep_sum, dresidual unless separate_dresidual.
 
 _library = torch.library.Library("mamba_ssm", "FRAGMENT")
 for _schema in (
@@ -137,11 +136,11 @@ for _schema in (
 
 @torch.library.register_fake("mamba_ssm::add_norm_fwd", lib=_library)
 def _(x, weight, bias, residual, scale, eps, residual_in_fp32, is_rms_norm, keep_sum):
-    rows, dim = x.shape
+    rows = x.numel() // x.shape[-1]
     stream = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     return (
-        x.new_empty(rows, dim),
-        x.new_empty(rows if keep_sum else 0, dim, dtype=stream),
+        x.new_empty(x.shape),
+        x.new_empty(x.shape if keep_sum else 0, dtype=stream),
         x.new_empty(0 if is_rms_norm else rows, dtype=torch.float32),
         x.new_empty(rows, dtype=torch.float32),
     )
@@ -149,10 +148,10 @@ def _(x, weight, bias, residual, scale, eps, residual_in_fp32, is_rms_norm, keep
 
 @torch.library.register_fake("mamba_ssm::add_norm_bwd", lib=_library)
 def _(dy, dh, h, weight, scale, mean, rstd, is_rms_norm, has_bias, separate_dresidual):
-    rows, dim = dy.shape
+    dim = dy.shape[-1]
     return (
-        dy.new_empty(rows, dim),
-        h.new_empty(rows if separate_dresidual else 0, dim),
+        dy.new_empty(dy.shape),
+        h.new_empty(h.shape if separate_dresidual else 0),
         dy.new_empty(dim, dtype=torch.float32),
         dy.new_empty(dim if has_bias else 0, dtype=torch.float32),
     )
@@ -203,18 +202,17 @@ def _add_norm_kernel(
     drop_path_scale: Tensor | None,
     prenorm: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
     h_is_x = residual is None and drop_path_scale is None and (x.dtype == torch.float32 or not residual_in_fp32)
     for_backward = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, residual)
     )
     options = (eps, residual_in_fp32, is_rms_norm, not h_is_x and (prenorm or for_backward))
-    tensors = (rows, weight, bias, None if residual is None else residual.reshape(rows.shape), drop_path_scale)
+    tensors = (x, weight, bias, residual, drop_path_scale)
     if for_backward:
         y, h = _AddNorm.apply(options, *tensors)
     else:
         y, h, _mean, _rstd = torch.ops.mamba_ssm.add_norm_fwd(*tensors, *options)
-    return y.view(x.shape), x if h_is_x else h.view(x.shape) if prenorm else h
+    return y, x if h_is_x else h
 
 
 def layer_norm_fn(
