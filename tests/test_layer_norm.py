@@ -235,6 +235,19 @@ def test_operators_keep_torch_library_rules(is_rms_norm):
         (x, weight, bias, residual, scale, EPS, True, is_rms_norm, True),
         (x, weight, None, None, None, EPS, False, is_rms_norm, False),
         (x.detach().bfloat16().requires_grad_(), weight, None, residual, None, EPS, True, is_rms_norm, True),
+        (
+            x.detach().view(3, 2, 20),
+            weight,
+            bias,
+            residual.detach().view(3, 2, 20),
+            scale,
+            EPS,
+            True,
+            is_rms_norm,
+            True,
+        ),
+        (x[0], weight, bias, residual[0], None, EPS, True, is_rms_norm, True),
+        (torch.randn(3, 0, 20), weight, None, None, None, EPS, True, is_rms_norm, True),
     ):
         # mean and rstd are by-products without a gradient of their own
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -245,6 +258,11 @@ def test_operators_keep_torch_library_rules(is_rms_norm):
             backward,
             (torch.randn(6, 20), dh, h, weight.detach(), scale, mean, rstd, is_rms_norm, True, separate),
         )
+    expanded = torch.randn(3, 1, 20).expand(3, 2, 20)  # whose rows are not at equal distances
+    torch.library.opcheck(
+        backward,
+        (expanded, None, h.view(3, 2, 20), weight.detach(), scale, mean, rstd, is_rms_norm, True, True),
+    )
 
 
 @needs_kernel

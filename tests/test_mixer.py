@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_selective_scan_cpu import assert_as_accurate, decay_rates, needs_kernel
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import METHODS
@@ -163,6 +164,18 @@ def test_second_derivatives_are_refused():
         ({"dt_weight": torch.zeros(CHANNELS - 1, RANK)}, "backward.dt_weight: got shape"),
         ({"A_log": torch.zeros(CHANNELS - 1, STATES)}, "backward.A_log: got shape"),
         ({"A_log": torch.zeros(CHANNELS, 257)}, "backward.A_log: got 257 states; expected 1 to 256"),
+        (
+            {"A_log": torch.zeros(CHANNELS, 257), "x_proj_weight": torch.zeros(RANK + 514, CHANNELS)},
+            "backward.A_log: got 257 states",
+        ),
+        (
+            {"A_log": torch.zeros(CHANNELS, 0), "x_proj_weight": torch.zeros(RANK, CHANNELS)},
+            "backward.A_log: got 0 states; expected 1 to 256",
+        ),
+        ({"conv_weight": None}, "backward.conv_weight: got None; expected a tensor, or None for the whole direction"),
+        ({"dt_weight": None}, "backward.dt_weight: got None"),
+        ({"conv_weight": torch.zeros(CHANNELS, 1, 4).double()}, "backward.conv_weight: got torch.float64 beside"),
+        ({"conv_bias": torch.zeros(CHANNELS, dtype=torch.int8)}, "backward.conv_bias: got torch.int8 beside"),
         ({"D": torch.zeros(3)}, "backward.D: got shape"),
         ({"conv_weight": torch.zeros(CHANNELS, 1, 5)}, "backward.conv_weight: got width 5; expected 2, 3 or 4"),
         ({"D": torch.zeros(CHANNELS, device="meta")}, "backward.D: got a tensor on meta; expected cpu"),
@@ -198,8 +211,18 @@ def test_wrong_parameters_are_named(change, message):
     ],
 )
 def test_wrong_inputs_and_projections_are_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        mixer_fn(*make_inputs()._replace(**change))
+    inputs = make_inputs()._replace(**change)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), pytest.raises(ValueError, match=message):
+            mixer_fn(*inputs)
+
+
+@needs_kernel
+def test_wrong_parameters_are_named_of_fake_tensors():
+    with FakeTensorMode():
+        inputs = make_inputs()
+        with pytest.raises(ValueError, match=r"backward\.dt_weight: got shape"):
+            mixer_fn(*inputs._replace(backward=inputs.backward._replace(dt_weight=torch.zeros(3, RANK))))
 
 
 @needs_kernel

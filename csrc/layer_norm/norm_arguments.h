@@ -10,16 +10,14 @@
 namespace mamba_ssm {
 
 // x, residual, y, h and their gradients are (..., dim): rows of dim elements.
-inline std::int64_t dim_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() > 0, "x must be (..., dim)");
-  return tensor.size(tensor.dim() - 1);
-}
+inline std::int64_t dim_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
 inline std::int64_t row_count(const Tensor& tensor) {
   return tensor.numel() / std::max<std::int64_t>(1, dim_of(tensor));
 }
 
 // The distance of a tensor's rows, which are in order of memory; or nothing where they are not at equal distances.
 inline std::optional<std::int64_t> row_distance(const Tensor& tensor) {
+  if (tensor.numel() == 0) return dim_of(tensor);
   std::optional<std::int64_t> distance;
   std::int64_t next = 0;  // from one index of the dimension before to the next
   for (std::int64_t i = tensor.dim() - 2; i >= 0; --i) {
@@ -32,7 +30,8 @@ inline std::optional<std::int64_t> row_distance(const Tensor& tensor) {
 }
 // The same, copied where its elements are not adjacent or its rows not at equal distances.
 inline Tensor with_rows(const Tensor& tensor) {
-  const bool fits = dim_of(tensor) >= 0 && tensor.stride(tensor.dim() - 1) == 1 && row_distance(tensor).has_value();
+  STD_TORCH_CHECK(tensor.dim() > 0, "got a tensor without dimensions");
+  const bool fits = tensor.stride(tensor.dim() - 1) == 1 && row_distance(tensor).has_value();
   return fits ? tensor : torch::stable::contiguous(tensor);
 }
 

@@ -49,6 +49,7 @@ struct OuterProjections {
 };
 
 constexpr int kDirectionTensors = 7;
+constexpr std::int64_t kMostStates = 256;
 
 struct MixerDirection {
   Tensor conv_weight;  // (channels, 1, width)
@@ -77,6 +78,10 @@ struct MixerDirection {
     STD_TORCH_CHECK(A_log.dim() == 2 && dt_weight.dim() == 2 && conv_weight.dim() == 3,
                     "A_log must be (channels, states), dt_weight (channels, rank), conv_weight (channels, 1, width)");
     channels = A_log.size(0), states = A_log.size(1), rank = dt_weight.size(1);
+    STD_TORCH_CHECK(states >= 1 && states <= kMostStates, "A_log has ", states, " states, but must have 1 to ",
+                    kMostStates);
+    kernel_dtype(conv_weight, "conv_weight");
+    if (conv_bias.has_value()) kernel_dtype(*conv_bias, "conv_bias");
     check_shape(conv_weight, {channels, 1, conv_weight.size(2)}, "conv_weight");
     check_shape(x_proj_weight, {rank + 2 * states, channels}, "x_proj_weight");
     check_shape(dt_weight, {channels, rank}, "dt_weight");
@@ -109,7 +114,13 @@ inline std::vector<MixerDirection> mixer_directions(const MixerParameters& param
   std::vector<MixerDirection> directions;
   for (int i = 0; i < 2; ++i) {
     const int first = kOuterTensors + i * kDirectionTensors;
-    if (parameters[first].has_value()) directions.emplace_back(&parameters[first], i == 1, first);
+    if (parameters[first].has_value()) {
+      directions.emplace_back(&parameters[first], i == 1, first);
+      continue;
+    }
+    for (int t = first; t < first + kDirectionTensors; ++t) {
+      STD_TORCH_CHECK(!parameters[t].has_value(), "conv_weight: got None beside other parameters of its direction");
+    }
   }
   STD_TORCH_CHECK(!directions.empty(), "conv_weight: got None for both directions");
   return directions;
@@ -467,7 +478,7 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Optional
     const ScanArguments arguments{u,         dt,    p.A, B, C, p.D, z, p.dt_bias, p.dt_float, scale, delta_softplus,
                                   d.reverse, method};
     const Tensor dprojected = new_tensor(x, sizes_of(kept));
-    // What nothing writes below, as the product does the columns between the rank and B.
+    // Nothing below writes these; the columns between those of Δ's inputs and B's, the product does.
     if (d.has_gaps_between_states()) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(dprojected.get()));
     const auto [ddt, dB, dC] = split(d, dprojected, u);
     const auto as_group = [](const Tensor& t) {  // (batch, 1, states, length)

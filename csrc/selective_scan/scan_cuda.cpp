@@ -345,17 +345,17 @@ ScanGradientResults scan_backward(ScanArguments a, Tensor dout, OptionalTensor d
 
   RowSums sums[kMostRowSums];
   int count = 0;
-  const auto sum = [&](const float* parts, i64 row_count, const Sizes& sizes) {
-    Tensor total = result(parts != nullptr, sizes);
-    if (parts != nullptr && total.numel() > 0)
+  const auto sum = [&](bool wanted, const float* parts, i64 row_count, const Sizes& sizes) {
+    Tensor total = result(wanted, sizes);
+    if (wanted && total.numel() > 0)
       sums[count++] = {parts, row_count, total.numel(), total.numel(), float_data(total)};
     return total;
   };
-  const Tensor total_dA = sum(g.dA, rows, {p.channels, p.states});
-  const Tensor total_dB = p.B.constant ? sum(g.dB, p.batch, {p.channels, p.states}) : dB;
-  const Tensor total_dC = p.C.constant ? sum(g.dC, p.batch, {p.channels, p.states}) : dC;
-  const Tensor total_dD = sum(dD, rows, {p.channels});
-  const Tensor total_ddelta_bias = sum(ddelta_bias, launches * rows, {p.channels});
+  const Tensor total_dA = sum(true, g.dA, rows, {p.channels, p.states});
+  const Tensor total_dB = p.B.constant ? sum(true, g.dB, p.batch, {p.channels, p.states}) : dB;
+  const Tensor total_dC = p.C.constant ? sum(true, g.dC, p.batch, {p.channels, p.states}) : dC;
+  const Tensor total_dD = sum(D.has_value(), dD, rows, {p.channels});
+  const Tensor total_ddelta_bias = sum(delta_bias.has_value(), ddelta_bias, launches * rows, {p.channels});
   if (count > 0) check_launch(launch_sum_rows(sums, count, device.stream()));
   return {like_memory_of(original_u, du),
           like_memory_of(original_delta, ddelta),

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_ref
 from causal_conv1d.ops import conv_backward_flops, conv_flops
-from mamba_ssm._backend import use_kernel
+from mamba_ssm._backend import KERNEL_DTYPES, use_kernel
 from mamba_ssm.ops.discretization_ref import get_method
 from mamba_ssm.ops.selective_scan import (
     ScanArgs,
@@ -91,7 +91,7 @@ def mixer_fn(
     """
     get_method(discretization_method)  # unknown: ValueError that lists the known
     device_type = hidden_states.device.type
-    if hidden_states.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    if hidden_states.dtype in KERNEL_DTYPES and torch.is_autocast_enabled(device_type):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
     groups = (hidden_states, in_proj, out_proj, forward, backward)
     options = (scale, delta_softplus, discretization_method)
@@ -138,6 +138,10 @@ def _check_mixer(
 ) -> None:
     if forward is None and backward is None:
         raise ValueError("forward and backward: got None for both; expected a Direction for at least one")
+    for name, direction in (("forward", forward), ("backward", backward)):
+        for field in ("conv_weight", "x_proj_weight", "dt_weight", "A_log"):
+            if direction is not None and getattr(direction, field) is None:
+                raise ValueError(f"{name}.{field}: got None; expected a tensor, or None for the whole direction")
     shape = tuple(hidden_states.shape)
     if len(shape) != 3 or 0 in shape:
         raise ValueError(f"hidden_states: got shape {shape}; expected (B, L, E), each at least 1")
@@ -248,10 +252,11 @@ _PARAMETERS = 2 * len(Projection._fields) + 2 * len(Direction._fields)
 @torch.library.register_fake("mamba_ssm::mixer_fwd")
 def _(hidden_states, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, *rest):
     *parameters, _scale, _delta_softplus, _method, steps = rest
-    # One tensor on the meta device is enough to come here instead of to a kernel, which would refuse it.
-    tensors = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, *parameters)
-    if any(t is not None and t.device != hidden_states.device for t in tensors):
-        raise RuntimeError("mixer_fwd: parameters must be where hidden_states is")
+    # The kernels check as much; one tensor on the meta device is enough to come here instead.
+    in_proj = None if in_proj_weight is None else Projection(in_proj_weight, in_proj_bias)
+    out_proj = None if out_proj_weight is None else Projection(out_proj_weight, out_proj_bias)
+    directions = (None if all(t is None for t in d) else d for d in _directions(parameters))
+    _check_mixer(hidden_states, in_proj, out_proj, *directions)
     batch, length, _ = hidden_states.shape
     kept, nothing = [], hidden_states.new_empty(0)
     for direction in _directions(parameters):
