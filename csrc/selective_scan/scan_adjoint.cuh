@@ -22,6 +22,8 @@ template <Dtype T>
 struct AdjointMemory {
   AdjointWarp<T> warps[tile::kWarps];
 };
+// A multiprocessor has 228 KiB, of which each block takes 1 KiB more than it asks for.
+static_assert(tile::kBackwardBlocks * (sizeof(AdjointMemory<Dtype::f32>) + 1024) <= 228 * 1024);
 
 template <Dtype T>
 MAMBA_SSM_DEVICE void start_inputs(const GpuScan& scan, const WarpTile& t, const Lane& lane, int chunk,
