@@ -7,6 +7,7 @@ import torch
 from test_selective_scan_cpu import assert_as_accurate, decay_rates, needs_kernel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mamba_ssm.modules.mamba_simple import Mamba
 from mamba_ssm.ops.discretization_ref import METHODS
@@ -239,7 +240,27 @@ def test_operators_keep_their_promises(bias, ways):
     options = (0.5, True, "poly", 32)
     torch.library.opcheck(torch.ops.mamba_ssm.mixer_fwd.default, (*tensors, *options))
     out, *kept = torch.ops.mamba_ssm.mixer_fwd(*tensors, *options)
-    torch.library.opcheck(torch.ops.mamba_ssm.mixer_bwd.default, (torch.randn_like(out), *tensors, *kept, *options))
+    for needed in (-1, 0, 0b101):
+        arguments = (torch.randn_like(out), *tensors, *kept, *options, needed)
+        torch.library.opcheck(torch.ops.mamba_ssm.mixer_bwd.default, arguments)
+
+
+@needs_kernel
+def test_gradients_of_some_tensors_alone():
+    """As of a frozen model with one trained part: each is what it is beside all the others, which are not made."""
+    tensors = make_inputs().map(lambda t: t.requires_grad_())
+    dout = torch.randn(BATCH, LENGTH, OUTPUTS)
+    named = tensors.tensors()
+    expected = dict(zip(named, torch.autograd.grad(mixer_fn(*tensors), list(named.values()), dout), strict=True))
+    for name in named:
+        inputs = tensors.map(Tensor.detach)
+        wanted = inputs.tensors()[name].requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            (gradient,) = torch.autograd.grad(mixer_fn(*inputs), wanted, dout)
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+        with FlopCounterMode(display=False) as all_of_them:
+            torch.autograd.grad(mixer_fn(*tensors), list(named.values()), dout)
+        assert counter.get_total_flops() < all_of_them.get_total_flops()
 
 
 @needs_kernel

@@ -413,7 +413,7 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Optional
                                      OptionalTensor dt_weight_b, OptionalTensor dt_bias_b, OptionalTensor A_b_log,
                                      OptionalTensor D_b, Tensor xz, Tensor y, Tensor projected, Tensor checkpoints,
                                      Tensor projected_b, Tensor checkpoints_b, double scale, bool delta_softplus,
-                                     std::string method, std::int64_t checkpoint_steps) {
+                                     std::string method, std::int64_t checkpoint_steps, std::int64_t needed) {
   const MixerParameters parameters{
       in_proj_weight, in_proj_bias,    out_proj_weight, out_proj_bias, conv_weight, conv_bias,
       x_proj_weight,  dt_weight,       dt_bias,         A_log,         D,           conv_weight_b,
@@ -423,9 +423,12 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Optional
   const Tensor hidden = as_contiguous(hidden_states), dout_rows = as_rows(as_contiguous(dout));
   Scratch scratch(hidden), passing(hidden);  // passing: of one direction
   const PreparedMixer prepared = prepare(outer, directions, hidden, true, scratch);
+  const auto nothing = [&] { return new_tensor(hidden, {0}); };
+  const auto needs = [&](int index) { return parameters[index].has_value() && (needed >> (index + 1) & 1) != 0; };
+  const bool needs_hidden = (needed & 1) != 0;
   std::vector<Tensor> gradients;
-  for (const OptionalTensor& t : parameters) {
-    gradients.push_back(t.has_value() ? new_tensor(*t, sizes_of(*t)) : new_tensor(hidden, {0}));
+  for (int i = 0; i < static_cast<int>(parameters.size()); ++i) {
+    gradients.push_back(needs(i) ? new_tensor(*parameters[i], sizes_of(*parameters[i])) : nothing());
   }
   std::vector<MatrixJob> jobs;
   std::vector<Tensor> alive;  // what the jobs read
@@ -435,10 +438,12 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Optional
     multiply_matrices(out, a, b);
     return out;
   };
+  // The gradient of a parameter, of what there is of it by now; of one that needs none, nothing.
   const auto finish = [&](int index, const MatrixView& from) {
-    jobs.push_back(copy_job(from, MatrixView(gradients[index])));
+    if (needs(index)) jobs.push_back(copy_job(from, MatrixView(gradients[index])));
   };
   const auto finish_weight = [&](int index, const Tensor& doutputs, const Tensor& inputs) {
+    if (!needs(index)) return;
     const Tensor& to = gradients[index];
     if (to.scalar_type() == hidden.scalar_type()) {
       multiply_matrices(to, transposed(doutputs), inputs);
@@ -449,7 +454,7 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Optional
   };
   const auto finish_bias = [&](int index, const Tensor& doutputs) {
     constexpr std::int64_t kRows = 0;
-    if (!parameters[index].has_value()) return;
+    if (!needs(index)) return;
     alive.push_back(
         torch::stable::sum(doutputs, torch::headeronly::IntHeaderOnlyArrayRef(&kRows, 1), false, ScalarType::Float));
     finish(index, MatrixView(alive.back()));
@@ -492,21 +497,27 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Optional
     const Tensor ddelta_rows = rows_of(ddelta), du_rows = rows_of(du);
     const auto dt_columns = [&](const Tensor& rows) { return part_of(rows, 1, 0, d.rank_columns); };
     multiply_matrices(dt_columns(dprojected), ddelta_rows, *p.dt);
-    const Tensor ddt_weight = product(transposed(dt_columns(kept)), ddelta_rows);  // (rank, channels): faster this way
-    const Tensor dx_proj_weight = product(transposed(dprojected), rows_of(u));
+    if (needs(d.index + 2)) {
+      alive.push_back(product(transposed(dprojected), rows_of(u)));
+      const MatrixView from(alive.back()), to(gradients[d.index + 2]);
+      for (const Part& part : parts_of(d)) {
+        jobs.push_back(copy_job(from.rows_from(part.column, part.width), to.rows_from(part.packed, part.width)));
+      }
+    }
+    if (needs(d.index + 3)) {
+      alive.push_back(product(transposed(dt_columns(kept)), ddelta_rows));  // (rank, channels): faster this way
+      finish(d.index + 3, MatrixView(alive.back()).rows_from(0, d.rank).transposed());
+    }
     multiply_matrices(du_rows, dprojected, p.x_proj, du_rows);
     dinputs.push_back(sequences_of(du_rows, u));
 
-    const MatrixView from(dx_proj_weight), to(gradients[d.index + 2]);
-    for (const Part& part : parts_of(d)) {
-      jobs.push_back(copy_job(from.rows_from(part.column, part.width), to.rows_from(part.packed, part.width)));
-    }
-    finish(d.index + 3, MatrixView(ddt_weight).rows_from(0, d.rank).transposed());
     if (d.dt_bias.has_value()) finish(d.index + 4, MatrixView(ddt_bias));
-    finish(d.index + 5, MatrixView(dA));
-    jobs.back().factor = float_data(p.A);  // dA/d(A_log) = A
+    if (needs(d.index + 5)) {
+      finish(d.index + 5, MatrixView(dA));
+      jobs.back().factor = float_data(p.A);  // dA/d(A_log) = A
+    }
     if (d.D.has_value()) finish(d.index + 6, MatrixView(dD));
-    alive.insert(alive.end(), {ddt_weight, dx_proj_weight, ddt_bias, dA, dD});
+    alive.insert(alive.end(), {ddt_bias, dA, dD});
     passing.release();
   }
   const FilterGradients conv = return_through_convolutions(directions, x, dinputs, dx, scratch);
@@ -519,8 +530,10 @@ inline MixerGradients mixer_backward(Tensor dout, Tensor hidden_states, Optional
     const Tensor dxz_rows = as_rows(dxz);
     finish_weight(kInWeight, dxz_rows, as_rows(hidden));
     finish_bias(kInBias, dxz_rows);
-    dhidden = new_tensor(hidden, sizes_of(hidden));
-    multiply_matrices(as_rows(dhidden), dxz_rows, *prepared.outer.in_weight);
+    dhidden = needs_hidden ? new_tensor(hidden, sizes_of(hidden)) : nothing();
+    if (needs_hidden) multiply_matrices(as_rows(dhidden), dxz_rows, *prepared.outer.in_weight);
+  } else if (!needs_hidden) {
+    dhidden = nothing();
   }
   run_matrix_jobs(jobs, hidden);
   const auto& g = gradients;

@@ -240,11 +240,12 @@ torch.library.define(
     f"({_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor xz, Tensor y, "
     "Tensor projected, Tensor checkpoints, Tensor projected_b, Tensor checkpoints_b)",
 )
-# The gradients of hidden_states and of the parameters; of absent ones they are empty.
+# The gradients of hidden_states and of the parameters; empty where a tensor is absent, or its bit of `needed` not set:
+# the lowest bit for hidden_states, the next for the first parameter.
 torch.library.define(
     "mamba_ssm::mixer_bwd",
     f"(Tensor dout, {_TENSORS}, Tensor xz, Tensor y, Tensor projected, Tensor checkpoints, Tensor projected_b, "
-    f"Tensor checkpoints_b, {_OPTIONS}) -> ({', '.join(['Tensor'] * 19)})",
+    f"Tensor checkpoints_b, {_OPTIONS}, int needed) -> ({', '.join(['Tensor'] * 19)})",
 )
 _PARAMETERS = 2 * len(Projection._fields) + 2 * len(Direction._fields)
 
@@ -280,8 +281,15 @@ def _(hidden_states, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bia
 
 @torch.library.register_fake("mamba_ssm::mixer_bwd")
 def _(dout, hidden_states, *rest):
-    gradients = (hidden_states.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest[:_PARAMETERS])
-    return hidden_states.new_empty(hidden_states.shape), *gradients
+    tensors = (hidden_states, *rest[:_PARAMETERS])
+    return tuple(
+        t.new_empty(t.shape) if t is not None and _is_needed(rest[-1], i) else hidden_states.new_empty(0)
+        for i, t in enumerate(tensors)
+    )
+
+
+def _is_needed(needed: int, index: int) -> bool:
+    return needed >> index & 1 == 1
 
 
 def _aligned(columns: int, hidden_states: Tensor) -> int:
@@ -309,9 +317,10 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        tensors = ctx.saved_tensors
-        gradients = torch.ops.mamba_ssm.mixer_bwd(dout, *tensors, *ctx.options)
-        return None, *(g if t is not None else None for g, t in zip(gradients, tensors, strict=False))
+        needed = ctx.needs_input_grad[1:]
+        bits = sum(1 << i for i, is_needed in enumerate(needed) if is_needed)
+        gradients = torch.ops.mamba_ssm.mixer_bwd(dout, *ctx.saved_tensors, *ctx.options, bits)
+        return None, *(g if is_needed else None for g, is_needed in zip(gradients, needed, strict=True))
 
 
 @register_flop_formula(torch.ops.mamba_ssm.mixer_fwd)
@@ -338,23 +347,29 @@ def mixer_flops(hidden_states, in_proj, in_proj_bias, out_proj, out_proj_bias, *
 
 @register_flop_formula(torch.ops.mamba_ssm.mixer_bwd)
 def mixer_backward_flops(dout, hidden_states, in_proj, in_proj_bias, out_proj, out_proj_bias, *rest, out_shape=None):
-    """Operations of `mixer_bwd`: its parts' backward passes, and the convolutions again."""
-    *tensors, scale, delta_softplus, method, steps = rest
+    """Operations of `mixer_bwd`: its parts' backward passes, and the convolutions again.
+
+    Of a projection, the gradient of its input and that of its weight, as far as they are needed."""
+    *tensors, scale, delta_softplus, method, steps, needed = rest
     parameters = tensors[: 2 * len(Direction._fields)]
     batch, length, _ = hidden_states
     x = batch, _channels(parameters), length
-    total = 2 * _outer_flops(hidden_states, in_proj, out_proj)
+    total = _outer_flops(hidden_states, in_proj, None) * (_is_needed(needed, 0) + _is_needed(needed, 1))
+    total += _outer_flops(hidden_states, None, out_proj) * (1 + _is_needed(needed, 3))
+    first = 1 + 2 * len(Projection._fields)
     for conv_weight, conv_bias, x_proj_weight, dt_weight, dt_bias, A, D in _directions(parameters):
-        if conv_weight is None:
-            continue
-        matrix, filters = (batch, A[1], length), (x[1], conv_weight[2])
-        total += conv_flops(x, filters, conv_bias, None, None, True, False)
-        total += conv_backward_flops(x, x, filters, conv_bias, None, None, True, False, None)
-        total += 4 * batch * length * x[1] * (x_proj_weight[0] + dt_weight[1])
-        total += selective_scan_backward_flops(
-            x, None, x, (batch, dt_weight[1], length), A, matrix, matrix, D, x, dt_bias, dt_weight, None, None,
-            scale, delta_softplus, False, method, False, steps,
-        )  # fmt: skip
+        if conv_weight is not None:
+            matrix, filters = (batch, A[1], length), (x[1], conv_weight[2])
+            total += conv_flops(x, filters, conv_bias, None, None, True, False)
+            total += conv_backward_flops(x, x, filters, conv_bias, None, None, True, False, None)
+            products = x_proj_weight[0] * (1 + _is_needed(needed, first + 2))
+            products += dt_weight[1] * (1 + _is_needed(needed, first + 3))
+            total += 2 * batch * length * x[1] * products
+            total += selective_scan_backward_flops(
+                x, None, x, (batch, dt_weight[1], length), A, matrix, matrix, D, x, dt_bias, dt_weight, None, None,
+                scale, delta_softplus, False, method, False, steps,
+            )  # fmt: skip
+        first += len(Direction._fields)
     return total
 
 
