@@ -1,5 +1,6 @@
 """`mixer_fn`, whose backward pass is written by hand, against a plain composition."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -246,21 +247,30 @@ def test_operators_keep_their_promises(bias, ways):
 
 
 @needs_kernel
-def test_gradients_of_some_tensors_alone():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outer", [True, False], ids=["", "no projections"])
+@pytest.mark.parametrize("ways", ["fb", "b"])
+def test_gradients_of_some_tensors_alone(ways, outer, dtype):
     """As of a frozen model with one trained part: each is what it is beside all the others, which are not made."""
-    tensors = make_inputs().map(lambda t: t.requires_grad_())
-    dout = torch.randn(BATCH, LENGTH, OUTPUTS)
-    named = tensors.tensors()
-    expected = dict(zip(named, torch.autograd.grad(mixer_fn(*tensors), list(named.values()), dout), strict=True))
-    for name in named:
-        inputs = tensors.map(Tensor.detach)
-        wanted = inputs.tensors()[name].requires_grad_()
+    inputs = make_inputs().only(ways)
+    if not outer:
+        inputs = inputs._replace(in_proj=None, out_proj=None, hidden_states=torch.randn(BATCH, LENGTH, 2 * CHANNELS))
+    inputs = inputs._replace(hidden_states=inputs.hidden_states.to(dtype))
+
+    def gradients(wanted: Callable[[Inputs], list[Tensor]], leaves: Inputs) -> tuple[tuple[Tensor, ...], int]:
+        tensors = wanted(leaves)
+        for t in tensors:
+            t.requires_grad_()
         with FlopCounterMode(display=False) as counter:
-            (gradient,) = torch.autograd.grad(mixer_fn(*inputs), wanted, dout)
-        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
-        with FlopCounterMode(display=False) as all_of_them:
-            torch.autograd.grad(mixer_fn(*tensors), list(named.values()), dout)
-        assert counter.get_total_flops() < all_of_them.get_total_flops()
+            out = mixer_fn(*leaves)
+            found = torch.autograd.grad(out, tensors, torch.ones_like(out))
+        return found, counter.get_total_flops()
+
+    expected, most = gradients(lambda leaves: list(leaves.tensors().values()), inputs.map(torch.clone))
+    for index, name in enumerate(inputs.tensors()):
+        (gradient,), operations = gradients(lambda leaves, n=name: [leaves.tensors()[n]], inputs.map(torch.clone))
+        torch.testing.assert_close(gradient, expected[index], rtol=0, atol=0)
+        assert operations < most
 
 
 @needs_kernel
@@ -306,9 +316,12 @@ def test_the_reference_keeps_every_derivative(monkeypatch):
 
 
 @needs_kernel
-def test_one_graph():
-    inputs = make_inputs().map(Tensor.requires_grad_)
-    leaves = list(inputs.tensors().values())
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "mostly frozen"])
+def test_one_graph(frozen):
+    inputs = make_inputs()
+    leaves = [t for name, t in inputs.tensors().items() if not frozen or name in ("forward.D", "in_proj.weight")]
+    for leaf in leaves:
+        leaf.requires_grad_()
 
     def loss(inputs):
         return mixer_fn(*inputs, discretization_method="foh").square().sum()

@@ -318,6 +318,8 @@ class _Mixer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         needed = ctx.needs_input_grad[1:]
+        if torch.compiler.is_compiling():  # which may not know that an activation was written to in place
+            needed = (True, *needed[1:])
         bits = sum(1 << i for i, is_needed in enumerate(needed) if is_needed)
         gradients = torch.ops.mamba_ssm.mixer_bwd(dout, *ctx.saved_tensors, *ctx.options, bits)
         return None, *(g if is_needed else None for g, is_needed in zip(gradients, needed, strict=True))
