@@ -126,7 +126,7 @@ def _mixer_kernel(
     return _Mixer.apply((*options, steps), hidden_states, *parameters)
 
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def _check_mixer(

@@ -7,9 +7,9 @@ RMSNorm: Zhang & Sennrich, 2019; LayerNorm: Ba, Kiros & Hinton, 2016.
 import torch
 from torch import Tensor, nn
 
-from mamba_ssm._backend import use_kernel
+from mamba_ssm._backend import KERNEL_DTYPES, use_kernel
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = (*KERNEL_DTYPES, torch.float64)
 
 
 def _check_arguments(
