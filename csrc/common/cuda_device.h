@@ -16,10 +16,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define MAMBA_SSM_DEVICE __device__ __forceinline__
+#define MAMBA_SSM_DEVICE_CALL __device__ __noinline__  // for what is seldom run, and large
 #define MAMBA_SSM_CONSTANT_PARAMETER const __grid_constant__
 #else
 #include "../tests/cuda_on_cpu.h"
 #define MAMBA_SSM_DEVICE inline __attribute__((always_inline))
+#define MAMBA_SSM_DEVICE_CALL inline __attribute__((noinline))
 #define MAMBA_SSM_CONSTANT_PARAMETER const
 #endif
 
@@ -79,13 +81,7 @@ MAMBA_SSM_DEVICE T& shared_memory() {
 
 // base + count · bytes, in global memory, by one instruction.
 MAMBA_SSM_DEVICE char* advance(char* base, int count, int bytes) {
-#if defined(__CUDACC__)
-  long long result;
-  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(result) : "r"(count), "r"(bytes), "l"(base));
-  return static_cast<char*>(__cvta_global_to_generic(result));
-#else
   return base + static_cast<std::int64_t>(count) * bytes;
-#endif
 }
 
 // Starts a copy of Bytes (4, 8 or 16) from global to shared memory, or zeros there if not `valid`.

@@ -231,8 +231,8 @@ MAMBA_SSM_DEVICE bool stage_chunk(const ScanParams& p, const Lane& lane, int ste
 
 MAMBA_SSM_DEVICE float as_float(float value) { return value; }
 MAMBA_SSM_DEVICE float as_float(Real value) { return value.value; }
-// What a thread keeps of the method, of the walk back and of what it sums. The coefficients of a form are kept if there
-// is one for each state, else made of A where they are used.
+// What a thread keeps of the method, of the walk back and of what it sums. The coefficients of the quick form are kept if
+// there is one for each state, else made of A where they are used. (Beside a general form that one is A itself.)
 template <class Quick>
 struct Adjoint {
   static constexpr bool kKeep = sizeof(typename Quick::Coefficients) == sizeof(float);
@@ -256,7 +256,7 @@ struct Adjoint {
   }
   template <class Form>
   MAMBA_SSM_DEVICE typename Form::Coefficients coefficients(int s, int j) const {
-    if constexpr (kKeep) {
+    if constexpr (kKeep && std::is_same_v<Form, Quick>) {
       return k[s][j];
     } else {
       return Form::prepare(opaque(k[s][j]));
@@ -400,7 +400,28 @@ MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, Adjoint<Quick>& a, float D,
           float& carried = a.carried[s][quad + j];
           float& dA = a.dA[s][quad + j];
           const auto add_dB = [&](int i, float term) { dB[i][j] = s == 0 ? term : dB[i][j] + term; };
-          if constexpr (Form::kInputIsDelta) {
+          if constexpr (Form::kFactored) {
+            const float k = opaque(a.k[s][quad + j]);
+            const form::Factors early = Form::gradient(in[0][s].x, k), late = Form::gradient(in[1][s].x, k);
+            const float early_input = early.p * w0, late_input = late.p * w1;  // c u
+            const auto step_back = [&](int i, const form::Factors& f, float w, float input, float state) {
+              const float g = C[i][j] * in[i][s].z + carried, gB = g * B[i][j];
+              carried = g * f.a_bar;
+              float dx;
+              if constexpr (Form::kSlopeIsABar) {
+                dx = state * carried + w * (gB * f.p_x);
+              } else {  // p_x is half the slope
+                dx = f.slope * (state * g + (0.5f * w) * gB);
+              }
+              ddelta_sum[i][s] += dx * k;
+              dA += dx * in[i][s].x;
+              du_sum[i][s] += gB * f.p;
+              if constexpr (Form::kHasRest) rest_sum[i][s] += gB * f.rest;
+              add_dB(i, g * input);
+            };
+            step_back(1, late, w1, late_input, early.a_bar * before[j] + early_input * B[0][j]);
+            step_back(0, early, w0, early_input, before[j]);
+          } else if constexpr (Form::kInputIsDelta) {
             const float k = a.k[s][quad + j];
             const float a0 = Form::a_bar(in[0][s].x, k), a1 = Form::a_bar(in[1][s].x, k);
             const auto step_back = [&](int i, float a_bar, float w, float state) {
@@ -414,27 +435,6 @@ MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, Adjoint<Quick>& a, float D,
             };
             step_back(1, a1, w1, a0 * before[j] + w0 * B[0][j]);
             step_back(0, a0, w0, before[j]);
-          } else if constexpr (Form::kFactored) {
-            const float A = opaque(a.k[s][quad + j]);
-            const form::Factors early = Form::gradient(in[0][s].x, A), late = Form::gradient(in[1][s].x, A);
-            const float early_input = early.p * w0, late_input = late.p * w1;  // c u
-            const auto step_back = [&](int i, const form::Factors& f, float w, float input, float state) {
-              const float g = C[i][j] * in[i][s].z + carried, gB = g * B[i][j];
-              carried = g * f.a_bar;
-              float dx;
-              if constexpr (Form::kSlopeIsABar) {
-                dx = state * carried + w * (gB * f.p_x);
-              } else {  // p_x is half the slope
-                dx = f.slope * (state * g + (0.5f * w) * gB);
-              }
-              ddelta_sum[i][s] += dx * A;
-              dA += dx * in[i][s].x;
-              du_sum[i][s] += gB * f.p;
-              if constexpr (Form::kHasRest) rest_sum[i][s] += gB * f.rest;
-              add_dB(i, g * input);
-            };
-            step_back(1, late, w1, late_input, early.a_bar * before[j] + early_input * B[0][j]);
-            step_back(0, early, w0, early_input, before[j]);
           } else {
             const float A = opaque(a.k[s][quad + j]);
             const TransitionGradient<float> early = Form::gradient(in[0][s].x, A);
@@ -465,13 +465,13 @@ MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, Adjoint<Quick>& a, float D,
       float du = du_sum[i][0] + shuffle_xor(du_sum[i][1], 16);
       float ddelta = ddelta_sum[i][0] + shuffle_xor(ddelta_sum[i][1], 16);
       const float delta = in[i][0].x, u = in[i][0].y, dy = in[i][0].z, slope = in[i][0].w;
-      if constexpr (Form::kInputIsDelta) {  // c = Δ comes out of the sum over the states
-        ddelta = ddelta * kLn2 + du * u;
-        du *= delta;
-      } else if constexpr (Form::kFactored) {  // and so does the Δ of c = Δ p
+      if constexpr (Form::kFactored) {  // the Δ of c = Δ p comes out of the sum over the states
         float sum = du;
         if constexpr (Form::kHasRest) sum += rest_sum[i][0] + shuffle_xor(rest_sum[i][1], 16);
-        ddelta += sum * u;
+        ddelta = ddelta * Form::kPerA + sum * u;
+        du *= delta;
+      } else if constexpr (Form::kInputIsDelta) {  // and so does c = Δ
+        ddelta = ddelta * kLn2 + du * u;
         du *= delta;
       }
       ddelta *= slope;
@@ -488,13 +488,16 @@ MAMBA_SSM_DEVICE void write_pairs(const Stream& s, int channels, const Lane& lan
                                   const Function& value) {
   char* elements = s.row(chunk * tile::kSteps + lane.half) + 2 * lane.pair * s.size;
   const int written = 2 * lane.pair < channels ? steps - lane.half : 0;
-  const int written_in_T = s.size == kSize<T> ? written : 0, written_in_float32 = written - written_in_T;
+  const auto write = [&]<Dtype To>(std::integral_constant<Dtype, To>) {
 #pragma unroll
-  for (int i = 0; i < tile::kSteps; i += 2) {
-    const float2 pair = value(i + lane.half);
-    char* element = advance(elements, i, s.row_bytes);
-    store_pair_below<T>(i, written_in_T, element, pair);
-    if constexpr (T != Dtype::f32) store_pair_below<Dtype::f32>(i, written_in_float32, element, pair);
+    for (int i = 0; i < tile::kSteps; i += 2) {
+      store_pair_below<To>(i, written, advance(elements, i, s.row_bytes), value(i + lane.half));
+    }
+  };
+  if (s.size == kSize<T>) {
+    write(std::integral_constant<Dtype, T>());
+  } else if constexpr (T != Dtype::f32) {
+    write(std::integral_constant<Dtype, Dtype::f32>());
   }
 }
 
@@ -609,6 +612,12 @@ MAMBA_SSM_DEVICE void read_state(const Lane& lane, const BackwardWarp<T>& memory
   }
 }
 
+MAMBA_SSM_DEVICE void copy(const States& from, States& to) {
+#pragma unroll
+  for (int i = 0; i < tile::kSlots * tile::kThreadStates; ++i) {
+    to[i / tile::kThreadStates][i % tile::kThreadStates] = from[i / tile::kThreadStates][i % tile::kThreadStates];
+  }
+}
 MAMBA_SSM_DEVICE void clear(States& values) {
 #pragma unroll
   for (int i = 0; i < tile::kSlots * tile::kThreadStates; ++i) {
@@ -616,12 +625,35 @@ MAMBA_SSM_DEVICE void clear(States& values) {
   }
 }
 
+// What a thread has in registers, and a chunk with the general form: that is not inlined, as it would take registers of
+// the quick form's, and their place in the instruction cache.
+template <class Method, Dtype T>
+struct BackwardThread {
+  using General = typename form::Backward<Method, T>::General;
+  static constexpr bool kExact = T != Dtype::bf16;
+  Adjoint<typename form::Backward<Method, T>::Quick> a;
+  States h;
+  ChannelGradients channel;
+  float D;
+
+  static MAMBA_SSM_DEVICE_CALL void advance_quietly_generally(BackwardThread& thread, BackwardWarp<T>& memory) {
+    advance_quietly<General>(Lane(), thread.a, thread.h, memory);
+  }
+  static MAMBA_SSM_DEVICE_CALL void advance_generally(BackwardThread& thread, BackwardWarp<T>& memory) {
+    advance_chunk<General, kExact>(Lane(), thread.a, thread.D, thread.h, memory);
+  }
+  static MAMBA_SSM_DEVICE_CALL void return_generally(BackwardThread& thread, BackwardWarp<T>& memory) {
+    return_chunk<General, kExact>(Lane(), thread.a, thread.D, thread.channel, memory);
+  }
+};
+
 // The whole walk of one warp.
 template <class Method, Dtype T>
 MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& out, const WarpTile& t, const Lane& lane,
                                   BackwardMemory<T>& block_memory) {
   using Quick = typename form::Backward<Method, T>::Quick;
   using General = typename form::Backward<Method, T>::General;
+  using Thread = BackwardThread<Method, T>;
   constexpr bool kExact = T != Dtype::bf16;
   BackwardWarp<T>& memory = block_memory.warps[threadIdx.x / kWarp];
   const ScanParams& p = scan.p;
@@ -661,7 +693,10 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
       if (quick) {
         advance_chunk<Quick, kExact>(lane, a, D, h, memory);
       } else if constexpr (!limits.kAlways) {
-        advance_chunk<General, kExact>(lane, a, D, h, memory);
+        Thread thread{a, {}, channel, D};
+        copy(h, thread.h);
+        Thread::advance_generally(thread, memory);
+        copy(thread.h, h);
       }
       if (g.dz_addend.data != nullptr) wait_for_copies();
       __syncwarp();
@@ -669,7 +704,11 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
       if (quick) {
         return_chunk<Quick, kExact>(lane, a, D, channel, memory);
       } else if constexpr (!limits.kAlways) {
-        return_chunk<General, kExact>(lane, a, D, channel, memory);
+        Thread thread{a, {}, channel, D};
+        Thread::return_generally(thread, memory);
+        copy(thread.a.carried, a.carried);
+        copy(thread.a.dA, a.dA);
+        channel = thread.channel;
       }
       if (next.chunk >= memory.tile.first_chunk) start_state(scan, lane, next, memory);
       __syncthreads();
@@ -683,7 +722,10 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
       if (quick) {
         advance_quietly<Quick>(lane, a, h, memory);
       } else if constexpr (!limits.kAlways) {
-        advance_quietly<General>(lane, a, h, memory);
+        Thread thread{a, {}, channel, D};
+        copy(h, thread.h);
+        Thread::advance_quietly_generally(thread, memory);
+        copy(thread.h, h);
       }
       if (!next.returns) keep_state(scan, lane, next.chunk, h, memory);
     }

@@ -116,161 +116,202 @@ MAMBA_SSM_DEVICE float scan_step(float delta, float input, const typename Form::
 
 // The whole walk of one warp. Without output: the states and the decay of a segment.
 template <class Method, Dtype T, Output Kind>
-MAMBA_SSM_DEVICE void scan_tile(const GpuScan& scan, const SegmentSums& sums, const WarpTile& t, const Lane& lane,
-                                ForwardWarp<T>& memory) {
+class ForwardWalk {
   using Quick = typename form::Forward<Method, T>::Quick;
   using General = typename form::Forward<Method, T>::General;
-  constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots, kSteps = tile::kSteps;
-  constexpr bool kOutput = Kind != Output::none;
-  const ScanParams& p = scan.p;
-  States A, h, decay;
-  load_states(scan, t, lane, p.A, 0, -1.0f, A);
-  const QuickLimits<Quick, General, false> limits(A);
-  typename Quick::Coefficients k[kSlots][kStates];
-#pragma unroll
-  for (int s = 0; s < kSlots; ++s) {
-#pragma unroll
-    for (int j = 0; j < kStates; ++j) {
-      k[s][j] = Quick::prepare(A[s][j]);
-      decay[s][j] = 1.0f;
-    }
-  }
-  if (!kOutput) {
-    load_states(scan, t, lane, nullptr, 0, 0.0f, h);
-  } else if (t.segment > 0) {
-    load_states(scan, t, lane, scan.segment_states, segment_row(scan, t), 0.0f, h);
-  } else {
-    load_states(scan, t, lane, p.initial_state, t.batch, 0.0f, h);
-  }
-  const int c = 2 * lane.pair;
-  const PairParameters parameters = {{load_parameter(p.delta_bias, t, c), load_parameter(p.delta_bias, t, c + 1)},
-                                     {load_parameter(p.D, t, c), load_parameter(p.D, t, c + 1)}};
-  float2 total = {0.0f, 0.0f};  // of Δ
-
-  make_streams(scan, t, lane, memory);
-  if (kOutput && p.addend.data == nullptr) {  // zeros, once
-    for (ForwardInputs<T>& inputs : memory.inputs) start_copy(Stream(memory.addend), 0, lane, 0, 0, inputs.addend);
-  }
-  start_inputs<Kind>(scan, t, lane, t.first_chunk, memory);
-  wait_for_copies();
-  __syncwarp();
-  start_inputs<Kind>(scan, t, lane, t.first_chunk + 1, memory);
+  using Limits = QuickLimits<Quick, General, false>;
+  static constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots, kSteps = tile::kSteps;
   // Steps of a chunk staged at one time: what is stored to shared memory parts the instructions before from those
   // behind.
-  constexpr int kStaged = 4;
-  bool fits = limits.any;  // the quick form, what is staged
-  const auto stage = [&](int chunk, int step) {
-    const int steps = chunk < t.end_chunk ? chunk_steps(p, chunk) : 0;
-    const StagedPair pair = stage_pair<Kind, Quick::kInputIsDelta>(p, memory.inputs[chunk % 2], step + lane.half,
-                                                                   lane.pair, steps, parameters, total);
-    const bool exists = step + lane.half < steps && 2 * lane.pair < t.channels;
-    fits &= limits.allow(exists, pair.first.x, pair.second.x);
+  static constexpr int kStaged = 4;
+  static constexpr bool kOutput = Kind != Output::none;
+  template <class Form>
+  using Coefficients = typename Form::Coefficients[kSlots][kStates];
+
+  const GpuScan& scan_;
+  ForwardWarp<T>& memory_;
+  const WarpTile t_;
+  const Lane lane_;
+  PairParameters parameters_;
+  Limits limits_;
+  States h_, decay_;
+  float2 total_ = {0.0f, 0.0f};  // of Δ
+  bool fits_;                    // the quick form, what is staged
+  int checkpoint_mask_, first_checkpoint_;
+
+ public:
+  MAMBA_SSM_DEVICE ForwardWalk(const GpuScan& scan, const WarpTile& t, const States& A, ForwardWarp<T>& memory)
+      : scan_(scan), memory_(memory), t_(t), limits_(A), fits_(limits_.any) {
+    const ScanParams& p = scan.p;
+#pragma unroll
+    for (int i = 0; i < kSlots * kStates; ++i) decay_[i / kStates][i % kStates] = 1.0f;
+    if (!kOutput) {
+      load_states(scan, t, lane_, nullptr, 0, 0.0f, h_);
+    } else if (t.segment > 0) {
+      load_states(scan, t, lane_, scan.segment_states, segment_row(scan, t), 0.0f, h_);
+    } else {
+      load_states(scan, t, lane_, p.initial_state, t.batch, 0.0f, h_);
+    }
+    const int c = 2 * lane_.pair;
+    parameters_ = {{load_parameter(p.delta_bias, t, c), load_parameter(p.delta_bias, t, c + 1)},
+                   {load_parameter(p.D, t, c), load_parameter(p.D, t, c + 1)}};
+    // Without checkpoints no chunk is one.
+    checkpoint_mask_ = (1 << scan.checkpoint_shift) - 1;
+    first_checkpoint_ = p.checkpoints == nullptr ? 0x7fffffff : static_cast<int>(p.first_checkpoint);
+  }
+
+  MAMBA_SSM_DEVICE void run(const States& A, const SegmentSums& sums) {
+    Coefficients<Quick> k;
+#pragma unroll
+    for (int i = 0; i < kSlots * kStates; ++i) k[i / kStates][i % kStates] = Quick::prepare(A[i / kStates][i % kStates]);
+    make_streams(scan_, t_, lane_, memory_);
+    if (kOutput && scan_.p.addend.data == nullptr) {  // zeros, once
+      const Stream none = memory_.addend;
+      for (ForwardInputs<T>& inputs : memory_.inputs) start_copy(none, 0, lane_, 0, 0, inputs.addend);
+    }
+    start_inputs<Kind>(scan_, t_, lane_, t_.first_chunk, memory_);
+    wait_for_copies();
+    __syncwarp();
+    start_inputs<Kind>(scan_, t_, lane_, t_.first_chunk + 1, memory_);
+#pragma unroll
+    for (int first = 0; first < kSteps; first += kStaged) {
+      const StagedPair staged[kStaged / 2] = {stage(t_.first_chunk, first), stage(t_.first_chunk, first + 2)};
+      keep(t_.first_chunk, first, staged);
+    }
+    float part[8];
+    read_part(lane_, memory_.inputs[t_.first_chunk % 2].matrices, part);
+    keep_part(lane_, part, memory_.matrices[t_.first_chunk % 2]);
+
+#pragma unroll 1
+    for (int chunk = t_.first_chunk; chunk < t_.end_chunk; ++chunk) {
+      if constexpr (Limits::kAlways) {
+        scan_chunk<Quick>(k, chunk);
+      } else {
+        const bool quick = warp_all(fits_);
+        fits_ = limits_.any;
+        if (quick) {
+          scan_chunk<Quick>(k, chunk);
+        } else {
+          ForwardWalk walk = *this;
+          scan_generally(walk, chunk);
+          take(walk);
+        }
+      }
+    }
+    finish(k, sums);
+  }
+
+ private:
+  // Not inlined: there it would take registers of the quick form's, and their place in the instruction cache.
+  static MAMBA_SSM_DEVICE_CALL void scan_generally(ForwardWalk& walk, int chunk) {
+    States A;
+    load_states(walk.scan_, walk.t_, walk.lane_, walk.scan_.p.A, 0, -1.0f, A);
+    Coefficients<General> k;
+#pragma unroll
+    for (int i = 0; i < kSlots * kStates; ++i) {
+      k[i / kStates][i % kStates] = General::prepare(A[i / kStates][i % kStates]);
+    }
+    walk.template scan_chunk<General>(k, chunk);
+  }
+  MAMBA_SSM_DEVICE void take(const ForwardWalk& other) {
+#pragma unroll
+    for (int i = 0; i < kSlots * kStates; ++i) {
+      h_[i / kStates][i % kStates] = other.h_[i / kStates][i % kStates];
+      decay_[i / kStates][i % kStates] = other.decay_[i / kStates][i % kStates];
+    }
+    total_ = other.total_;
+    fits_ = other.fits_;
+  }
+
+  MAMBA_SSM_DEVICE StagedPair stage(int chunk, int step) {
+    const int steps = chunk < t_.end_chunk ? chunk_steps(scan_.p, chunk) : 0;
+    const StagedPair pair = stage_pair<Kind, Quick::kInputIsDelta>(
+        scan_.p, memory_.inputs[chunk % 2], step + lane_.half, lane_.pair, steps, parameters_, total_);
+    const bool exists = step + lane_.half < steps && 2 * lane_.pair < t_.channels;
+    fits_ &= limits_.allow(exists, pair.first.x, pair.second.x);
     return pair;
-  };
-  const auto keep = [&](int chunk, int first, const StagedPair(&staged)[kStaged / 2]) {
+  }
+  MAMBA_SSM_DEVICE void keep(int chunk, int first, const StagedPair (&staged)[kStaged / 2]) {
 #pragma unroll
     for (int i = 0; i < kStaged / 2; ++i) {
-      float4* target = memory.step[chunk % 2][first + 2 * i + lane.half] + lane.pair;
+      float4* target = memory_.step[chunk % 2][first + 2 * i + lane_.half] + lane_.pair;
       target[0] = staged[i].first;
       target[16] = staged[i].second;
     }
-  };
-#pragma unroll
-  for (int first = 0; first < kSteps; first += kStaged) {
-    const StagedPair staged[kStaged / 2] = {stage(t.first_chunk, first), stage(t.first_chunk, first + 2)};
-    keep(t.first_chunk, first, staged);
   }
-  float part[8];
-  read_part(lane, memory.inputs[t.first_chunk % 2].matrices, part);
-  keep_part(lane, part, memory.matrices[t.first_chunk % 2]);
 
-  const auto scan_chunk = [&]<class Form>(std::type_identity<Form>, const auto& coefficients, int chunk) {
-    const int now = chunk % 2, next = 1 - now, steps = chunk_steps(p, chunk);
-    constexpr bool kEarly = limits.kAlways;  // else that takes registers which two forms need
+  template <class Form>
+  MAMBA_SSM_DEVICE void scan_chunk(const Coefficients<Form>& k, int chunk) {
+    const int now = chunk % 2, next = 1 - now;
     wait_for_copies();
     __syncwarp();
-    if constexpr (kEarly) start_inputs<Kind>(scan, t, lane, chunk + 2, memory);
-    if (kOutput && p.checkpoints != nullptr && is_checkpoint(scan, chunk) && chunk >= p.first_checkpoint) {
-      store_states(scan, t, lane, p.checkpoints, checkpoint_row(scan, t, chunk), h);
+    start_inputs<Kind>(scan_, t_, lane_, chunk + 2, memory_);
+    if (kOutput && (chunk & checkpoint_mask_) == 0 && chunk >= first_checkpoint_) {
+      store_states(scan_, t_, lane_, scan_.p.checkpoints, checkpoint_row(scan_, t_, chunk), h_);
     }
-    const Stream out = memory.out;
-    char* elements = out.row(chunk * kSteps) + lane.channel(0) * out.size;
-    const int written = lane.channel(0) < t.channels ? steps : 0;
-    const int written_in_T = out.size == kSize<T> ? written : 0;
+    const Stream out = memory_.out;
+    char* element = out.row(chunk * kSteps) + lane_.channel(0) * out.size;
+    const int written = lane_.channel(0) < t_.channels ? chunk_steps(scan_.p, chunk) : 0;
+    const int written_in_T = out.size == kSize<T> ? written : 0, written_in_float32 = written - written_in_T;
+    float part[8];
+    read_part(lane_, memory_.inputs[next].matrices, part);
 #pragma unroll
     for (int first = 0; first < kSteps; first += kStaged) {
       StagedPair staged[kStaged / 2];
-      if (first == 0) read_part(lane, memory.inputs[next].matrices, part);
 #pragma unroll
-      for (int step = first; step < first + kStaged; ++step) {
-        const float4 own = memory.step[now][step][lane.index];
-        const float2 partner = *reinterpret_cast<const float2*>(&memory.step[now][step][lane.partner()]);
-        const float* row = memory.matrices[now][step] + lane.first_state();
+      for (int i = 0; i < kStaged; ++i) {
+        const int step = first + i;
+        const float4 own = memory_.step[now][step][lane_.index];
+        const float2 partner = *reinterpret_cast<const float2*>(&memory_.step[now][step][lane_.partner()]);
+        const float* row = memory_.matrices[now][step] + lane_.first_state();
         float B[kStates], C[kStates];
         read_row(row, B);
         if constexpr (kOutput) read_row(row + tile::kStates, C);
-        const float y = scan_step<Form, Kind>(own.x, own.y, coefficients[0], B, C, h[0], decay[0]);
-        const float partner_y = scan_step<Form, Kind>(partner.x, partner.y, coefficients[1], B, C, h[1], decay[1]);
+        const float y = scan_step<Form, Kind>(own.x, own.y, k[0], B, C, h_[0], decay_[0]);
+        const float partner_y = scan_step<Form, Kind>(partner.x, partner.y, k[1], B, C, h_[1], decay_[1]);
         if constexpr (kOutput) {
           const float result = (y + shuffle_xor(partner_y, 16) + own.z) * own.w;
-          char* element = advance(elements, step, out.row_bytes);
           store_element_below<T>(step, written_in_T, element, result);
           if constexpr (Kind == Output::plain && T != Dtype::f32) {
-            store_element_below<Dtype::f32>(step, written - written_in_T, element, result);
+            store_element_below<Dtype::f32>(step, written_in_float32, element, result);
           }
+          element += out.row_bytes;
         }
-        if ((step - first) % 2 == 1) staged[(step - first) / 2] = stage(chunk + 1, step - 1);
+        if (i % 2 == 1) staged[i / 2] = stage(chunk + 1, step - 1);
       }
       keep(chunk + 1, first, staged);
-      if (first == 0) {
-        keep_part(lane, part, memory.matrices[next]);
-        if constexpr (!kEarly) start_inputs<Kind>(scan, t, lane, chunk + 2, memory);
-      }
+      if (first == 0) keep_part(lane_, part, memory_.matrices[next]);
     }
-  };
-#pragma unroll 1
-  for (int chunk = t.first_chunk; chunk < t.end_chunk; ++chunk) {
-    if constexpr (limits.kAlways) {
-      scan_chunk(std::type_identity<Quick>(), k, chunk);
-    } else {
-      const bool quick = warp_all(fits);
-      fits = limits.any;
-      if (quick) {
-        scan_chunk(std::type_identity<Quick>(), k, chunk);
-      } else {
-        load_states(scan, t, lane, p.A, 0, -1.0f, A);
-        typename General::Coefficients general[kSlots][kStates];
+  }
+
+  MAMBA_SSM_DEVICE void finish(const Coefficients<Quick>& k, const SegmentSums& sums) {
+    if constexpr (!kOutput) {
+      if constexpr (Quick::kSlopeIsABar) {
+        const float2 total = {total_.x + shuffle_xor(total_.x, 16), total_.y + shuffle_xor(total_.y, 16)};
 #pragma unroll
-        for (int i = 0; i < kSlots * kStates; ++i) {
-          general[i / kStates][i % kStates] = General::prepare(A[i / kStates][i % kStates]);
+        for (int s = 0; s < kSlots; ++s) {
+          const float x = (lane_.half ^ s) == 0 ? total.x : total.y;
+#pragma unroll
+          for (int j = 0; j < kStates; ++j) decay_[s][j] = Quick::a_bar(x, k[s][j]);
         }
-        scan_chunk(std::type_identity<General>(), general, chunk);
       }
+      store_states(scan_, t_, lane_, sums.decay, segment_row(scan_, t_), decay_);
+      store_states(scan_, t_, lane_, sums.local, segment_row(scan_, t_), h_);
+    } else if (t_.segment == scan_.segments - 1) {
+      store_states(scan_, t_, lane_, scan_.p.last_state, t_.batch, h_);
     }
   }
-  if constexpr (!kOutput) {
-    if constexpr (Quick::kSlopeIsABar) {
-      total = {total.x + shuffle_xor(total.x, 16), total.y + shuffle_xor(total.y, 16)};
-#pragma unroll
-      for (int s = 0; s < kSlots; ++s) {
-        const float x = (lane.half ^ s) == 0 ? total.x : total.y;
-#pragma unroll
-        for (int j = 0; j < kStates; ++j) decay[s][j] = Quick::a_bar(x, k[s][j]);
-      }
-    }
-    store_states(scan, t, lane, sums.decay, segment_row(scan, t), decay);
-    store_states(scan, t, lane, sums.local, segment_row(scan, t), h);
-  } else if (t.segment == scan.segments - 1) {
-    store_states(scan, t, lane, p.last_state, t.batch, h);
-  }
-}
+};
 
 template <class Method, Dtype T, Output Kind>
 __global__ void __launch_bounds__(tile::kThreads, tile::kForwardBlocks)
     scan_forward_kernel(MAMBA_SSM_CONSTANT_PARAMETER GpuScan scan, MAMBA_SSM_CONSTANT_PARAMETER SegmentSums sums) {
   ForwardWarp<T>& memory = shared_memory<ForwardMemory<T>>().warps[threadIdx.x / kWarp];
   const WarpTile t = this_tile(scan, blockIdx.y);
-  if (t.channels > 0) scan_tile<Method, T, Kind>(scan, sums, t, Lane(), memory);
+  if (t.channels == 0) return;
+  States A;
+  load_states(scan, t, Lane(), scan.p.A, 0, -1.0f, A);
+  ForwardWalk<Method, T, Kind>(scan, t, A, memory).run(A, sums);
 }
 
 template <Dtype T>

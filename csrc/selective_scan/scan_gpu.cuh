@@ -125,27 +125,29 @@ MAMBA_SSM_DEVICE float load_parameter(const float* parameter, const WarpTile& t,
 template <class Quick, class General, bool Gradient>
 struct QuickLimits {
   static constexpr bool kAlways = std::is_same_v<Quick, General>;
+  static constexpr bool kNegativeA = requires { Quick::kNegativeA; };
+  static constexpr bool kHasMost = Gradient || kNegativeA;
   bool any = true;
   float least = 0.0f, most = 0.0f;
 
-  // Of the least and the greatest |A|.
+  // Of the least and the greatest size of A.
   MAMBA_SSM_DEVICE QuickLimits(float smallest, float largest) {
     if constexpr (!kAlways) {
       any = smallest >= Quick::kSmallestA;
       least = Quick::kSmallestX / smallest;
       most = 3e38f;
-      if constexpr (Gradient) most = Quick::kLargestX / largest;
+      if constexpr (kHasMost) most = Quick::kLargestX / largest;
     }
   }
   MAMBA_SSM_DEVICE explicit QuickLimits(const States& A) {
     if constexpr (!kAlways) {
-      float smallest = fabsf(A[0][0]), largest = smallest;
+      float smallest = size(A[0][0]), largest = smallest;
 #pragma unroll
       for (int s = 0; s < tile::kSlots; ++s) {
 #pragma unroll
         for (int j = 0; j < tile::kThreadStates; ++j) {
-          smallest = fminf(smallest, fabsf(A[s][j]));
-          largest = fmaxf(largest, fabsf(A[s][j]));
+          smallest = fminf(smallest, size(A[s][j]));
+          largest = fmaxf(largest, size(A[s][j]));
         }
       }
 #pragma unroll
@@ -156,13 +158,18 @@ struct QuickLimits {
       *this = QuickLimits(smallest, largest);
     }
   }
+  // |A|, beyond all limits where A has the wrong sign.
+  static MAMBA_SSM_DEVICE float size(float A) { return kNegativeA && A > 0.0f ? 3e38f : fabsf(A); }
   // A pair of channels at a step, if there are such a step and such channels.
   MAMBA_SSM_DEVICE bool allow(bool exists, float first, float second) const {
     return kAlways || !exists || (is_allowed(first) && is_allowed(second));
   }
 
  private:
-  MAMBA_SSM_DEVICE bool is_allowed(float delta) const { return fabsf(delta) >= least && fabsf(delta) <= most; }
+  MAMBA_SSM_DEVICE bool is_allowed(float delta) const {
+    const float size = kNegativeA ? delta : fabsf(delta);
+    return size >= least && size <= most;
+  }
 };
 
 // ---- rows of tensors ---------------------------------------------------------------------------------------------

@@ -179,12 +179,12 @@ class SpreadScan {
     for (int j = 0; j < kStates; ++j) matrix[row_index(row) + j] = values[j];
   }
   MAMBA_SSM_DEVICE Limits block_limits(const Row& A) {
-    float smallest = fabsf(A[0]), largest = smallest;
+    float smallest = Limits::size(A[0]), largest = smallest;
     if constexpr (!Limits::kAlways) {
 #pragma unroll
       for (int j = 1; j < kStates; ++j) {
-        smallest = fminf(smallest, fabsf(A[j]));
-        largest = fmaxf(largest, fabsf(A[j]));
+        smallest = fminf(smallest, Limits::size(A[j]));
+        largest = fmaxf(largest, Limits::size(A[j]));
       }
 #pragma unroll
       for (int i = 1; i < kWarp; i *= 2) {
