@@ -49,3 +49,14 @@ def steps_of_all_sizes(method: str, dtype: torch.dtype) -> dict[str, Tensor]:
     sizes += [1e-5, 0.0, largest, 1e-3, 1e-2, 0.1, 0.5, 1.0]
     inputs["delta"] = (inputs["delta"].float().abs().clamp(0.5, 1) * torch.tensor(sizes)).to(dtype)
     return inputs
+
+
+def steps_of_both_signs(dtype: torch.dtype) -> dict[str, Tensor]:
+    """x of both signs: a warp's channels with A < 0 and chunks with Δ > 0, then Δ < 0, and channels with A > 0."""
+    inputs = make_inputs(batch=1, channels=40, length=40, states=16, dtype=dtype)
+    inputs["A"] = 0.5 + 1.5 * torch.rand(40, 16)
+    inputs["A"][:32] *= -1
+    del inputs["delta_bias"]
+    signs = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0]).repeat_interleave(8)
+    inputs["delta"] = (inputs["delta"].float().abs().clamp(0.1, 0.5) * signs).to(dtype)
+    return inputs

@@ -17,7 +17,7 @@ import test_causal_conv1d as conv
 import test_layer_norm as norm
 import test_mixer
 import torch
-from gpu_accuracy import FLOOR, SIZES, floor_of, steps_of_all_sizes, steps_of_one_size
+from gpu_accuracy import FLOOR, SIZES, floor_of, steps_of_all_sizes, steps_of_both_signs, steps_of_one_size
 from test_selective_scan_cpu import (
     DTYPES,
     activation,
@@ -182,6 +182,13 @@ def test_steps_of_all_sizes(method, dtype):
     check(inputs, method, delta_softplus=False, floor=floor)
     inputs["A"][:, 0] = -1e-3
     check(inputs, method, reverse=True, delta_softplus=False, floor=floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_of_both_signs(dtype):
+    for method in ("foh", "zoh_exact"):  # the former has a form for x <= 0 only
+        floor = max(3 * FLOOR, floor_of(dtype, method))
+        check(aligned(steps_of_both_signs(dtype)), method, delta_softplus=False, floor=floor)
 
 
 @pytest.mark.parametrize("method", METHODS)
