@@ -26,6 +26,7 @@ struct BackwardWarp {
     KeptStream u, delta, z, dout, dz_addend, du, ddelta, dz, partial, B_and_C[2], checkpoints, kept_states;
   } streams;
   WarpTile tile;
+  float2 limits;  // QuickLimits::of_step
 };
 template <Dtype T>
 struct BackwardMemory {
@@ -176,10 +177,10 @@ MAMBA_SSM_DEVICE GradientPair stage_gradient_pair(const ScanParams& p, int step,
   return {{delta.x, u.x, dy.x, slope.x}, {delta.y, u.y, dy.y, slope.y}, gate};
 }
 // What the steps of a chunk need to be advanced through: Δ and u. Returns whether the quick form fits.
-template <Dtype T, class Limits>
-MAMBA_SSM_DEVICE bool stage_quietly(const ScanParams& p, const Lane& lane, int steps, float2 bias, const Limits& limits,
+template <class Limits, Dtype T>
+MAMBA_SSM_DEVICE bool stage_quietly(const ScanParams& p, const Lane& lane, int steps, float2 bias,
                                     BackwardWarp<T>& memory) {
-  bool fits = limits.any;
+  typename Limits::Steps sizes;
   float part[8];
   read_part(lane, memory.raw_matrices, part);
   float4 staged[tile::kSteps / 2];
@@ -192,7 +193,7 @@ MAMBA_SSM_DEVICE bool stage_quietly(const ScanParams& p, const Lane& lane, int s
     if (!p.delta_softplus) delta = raw;
     if (step >= steps) delta = {0.0f, 0.0f};
     staged[i] = {delta.x, u.x, delta.y, u.y};
-    fits &= limits.allow(step < steps && 2 * lane.pair < memory.tile.channels, delta.x, delta.y);
+    sizes.add(step < steps && 2 * lane.pair < memory.tile.channels, delta.x, delta.y);
   }
   keep_part(lane, part, memory.matrices);
 #pragma unroll
@@ -201,13 +202,13 @@ MAMBA_SSM_DEVICE bool stage_quietly(const ScanParams& p, const Lane& lane, int s
     target[0] = {staged[i].x, staged[i].y, 0.0f, 0.0f};
     target[16] = {staged[i].z, staged[i].w, 0.0f, 0.0f};
   }
-  return limits.kAlways || warp_all(fits);
+  return sizes.fit(memory.limits);
 }
 // What they need to be returned through, likewise.
-template <Dtype T, class Limits>
-MAMBA_SSM_DEVICE bool stage_chunk(const ScanParams& p, const Lane& lane, int steps, float2 bias, const Limits& limits,
+template <class Limits, Dtype T>
+MAMBA_SSM_DEVICE bool stage_chunk(const ScanParams& p, const Lane& lane, int steps, float2 bias,
                                   BackwardWarp<T>& memory) {
-  bool fits = limits.any;
+  typename Limits::Steps sizes;
   float part[8];
   read_part(lane, memory.raw_matrices, part);
   GradientPair staged[tile::kSteps / 2];
@@ -216,7 +217,7 @@ MAMBA_SSM_DEVICE bool stage_chunk(const ScanParams& p, const Lane& lane, int ste
     const int step = 2 * i + lane.half;
     staged[i] = stage_gradient_pair(p, step, lane.pair, steps, bias, memory);
     const bool exists = step < steps && 2 * lane.pair < memory.tile.channels;
-    fits &= limits.allow(exists, staged[i].first.x, staged[i].second.x);
+    sizes.add(exists, staged[i].first.x, staged[i].second.x);
   }
   keep_part(lane, part, memory.matrices);
 #pragma unroll
@@ -226,13 +227,13 @@ MAMBA_SSM_DEVICE bool stage_chunk(const ScanParams& p, const Lane& lane, int ste
     memory.step[step][lane.pair + 16] = staged[i].second;
     *reinterpret_cast<float2*>(memory.gate[step] + 2 * lane.pair) = staged[i].gate;
   }
-  return limits.kAlways || warp_all(fits);
+  return sizes.fit(memory.limits);
 }
 
 MAMBA_SSM_DEVICE float as_float(float value) { return value; }
 MAMBA_SSM_DEVICE float as_float(Real value) { return value.value; }
-// What a thread keeps of the method, of the walk back and of what it sums. The coefficients of the quick form are kept if
-// there is one for each state, else made of A where they are used. (Beside a general form that one is A itself.)
+// What a thread keeps of the method, of the walk back and of what it sums. The coefficients of the quick form are kept
+// if there is one for each state, else made of A where they are used. (Beside a general form that one is A itself.)
 template <class Quick>
 struct Adjoint {
   static constexpr bool kKeep = sizeof(typename Quick::Coefficients) == sizeof(float);
@@ -660,7 +661,9 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
   const ScanGradients& g = out.g;
   States A;
   load_states(scan, t, lane, p.A, 0, -1.0f, A);
-  const QuickLimits<Quick, General, true> limits(A);
+  using Limits = QuickLimits<Quick, General, true>;
+  const Limits limits(A);
+  if (lane.index == 0) memory.limits = limits.of_step;
   Adjoint<Quick> a;
   a.prepare(A);
   const bool earlier = t.segment < scan.segments - 1;
@@ -684,7 +687,7 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
     __syncwarp();
     if (reads_state(scan, item)) read_state(lane, memory, h);
     if (item.returns) {
-      const bool quick = stage_chunk(p, lane, steps, bias, limits, memory);
+      const bool quick = stage_chunk<Limits>(p, lane, steps, bias, memory);
       __syncthreads();  // the block has added up the last sums
       start_inputs(scan, lane, next, memory);
       if (g.dz_addend.data != nullptr) {
@@ -692,7 +695,7 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
       }
       if (quick) {
         advance_chunk<Quick, kExact>(lane, a, D, h, memory);
-      } else if constexpr (!limits.kAlways) {
+      } else if constexpr (!Limits::kAlways) {
         Thread thread{a, {}, channel, D};
         copy(h, thread.h);
         Thread::advance_generally(thread, memory);
@@ -703,7 +706,7 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
       if (g.dz.data != nullptr) write_dz(g, lane, chunk, steps, memory);
       if (quick) {
         return_chunk<Quick, kExact>(lane, a, D, channel, memory);
-      } else if constexpr (!limits.kAlways) {
+      } else if constexpr (!Limits::kAlways) {
         Thread thread{a, {}, channel, D};
         Thread::return_generally(thread, memory);
         copy(thread.a.carried, a.carried);
@@ -716,12 +719,12 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
       write_partial(lane, chunk, steps, block_memory);
       clear(h);  // it is read anew; so it takes no registers on the way back
     } else {
-      const bool quick = stage_quietly(p, lane, steps, bias, limits, memory);
+      const bool quick = stage_quietly<Limits>(p, lane, steps, bias, memory);
       __syncwarp();
       start_inputs(scan, lane, next, memory);
       if (quick) {
         advance_quietly<Quick>(lane, a, h, memory);
-      } else if constexpr (!limits.kAlways) {
+      } else if constexpr (!Limits::kAlways) {
         Thread thread{a, {}, channel, D};
         copy(h, thread.h);
         Thread::advance_quietly_generally(thread, memory);

@@ -27,6 +27,7 @@ struct ForwardWarp {
   alignas(16) float4 step[2][tile::kSteps][kWarp];
   alignas(16) MatrixRows matrices[2];
   KeptStream u, delta, z, addend, out, B_and_C[2];
+  float2 limits;  // QuickLimits::of_step
 };
 template <Dtype T>
 struct ForwardMemory {
@@ -133,16 +134,17 @@ class ForwardWalk {
   const WarpTile t_;
   const Lane lane_;
   PairParameters parameters_;
-  Limits limits_;
   States h_, decay_;
-  float2 total_ = {0.0f, 0.0f};  // of Δ
-  bool fits_;                    // the quick form, what is staged
+  float2 total_ = {0.0f, 0.0f};   // of Δ
+  typename Limits::Steps steps_;  // of the chunk that is staged
   int checkpoint_mask_, first_checkpoint_;
 
  public:
   MAMBA_SSM_DEVICE ForwardWalk(const GpuScan& scan, const WarpTile& t, const States& A, ForwardWarp<T>& memory)
-      : scan_(scan), memory_(memory), t_(t), limits_(A), fits_(limits_.any) {
+      : scan_(scan), memory_(memory), t_(t) {
     const ScanParams& p = scan.p;
+    const Limits limits(A);
+    if (lane_.index == 0) memory.limits = limits.of_step;
 #pragma unroll
     for (int i = 0; i < kSlots * kStates; ++i) decay_[i / kStates][i % kStates] = 1.0f;
     if (!kOutput) {
@@ -163,7 +165,9 @@ class ForwardWalk {
   MAMBA_SSM_DEVICE void run(const States& A, const SegmentSums& sums) {
     Coefficients<Quick> k;
 #pragma unroll
-    for (int i = 0; i < kSlots * kStates; ++i) k[i / kStates][i % kStates] = Quick::prepare(A[i / kStates][i % kStates]);
+    for (int i = 0; i < kSlots * kStates; ++i) {
+      k[i / kStates][i % kStates] = Quick::prepare(A[i / kStates][i % kStates]);
+    }
     make_streams(scan_, t_, lane_, memory_);
     if (kOutput && scan_.p.addend.data == nullptr) {  // zeros, once
       const Stream none = memory_.addend;
@@ -187,8 +191,8 @@ class ForwardWalk {
       if constexpr (Limits::kAlways) {
         scan_chunk<Quick>(k, chunk);
       } else {
-        const bool quick = warp_all(fits_);
-        fits_ = limits_.any;
+        const bool quick = steps_.fit(memory_.limits);
+        steps_ = {};
         if (quick) {
           scan_chunk<Quick>(k, chunk);
         } else {
@@ -220,7 +224,7 @@ class ForwardWalk {
       decay_[i / kStates][i % kStates] = other.decay_[i / kStates][i % kStates];
     }
     total_ = other.total_;
-    fits_ = other.fits_;
+    steps_ = other.steps_;
   }
 
   MAMBA_SSM_DEVICE StagedPair stage(int chunk, int step) {
@@ -228,7 +232,7 @@ class ForwardWalk {
     const StagedPair pair = stage_pair<Kind, Quick::kInputIsDelta>(
         scan_.p, memory_.inputs[chunk % 2], step + lane_.half, lane_.pair, steps, parameters_, total_);
     const bool exists = step + lane_.half < steps && 2 * lane_.pair < t_.channels;
-    fits_ &= limits_.allow(exists, pair.first.x, pair.second.x);
+    steps_.add(exists, pair.first.x, pair.second.x);
     return pair;
   }
   MAMBA_SSM_DEVICE void keep(int chunk, int first, const StagedPair (&staged)[kStaged / 2]) {

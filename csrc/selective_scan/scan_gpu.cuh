@@ -120,23 +120,19 @@ MAMBA_SSM_DEVICE float load_parameter(const float* parameter, const WarpTile& t,
 
 // ---- the forms of a method ---------------------------------------------------------------------------------------
 
-// When the quick form serves: `any` says whether the warp's A allow it at all, the rest between what sizes Δ must be.
-// Gradient: for its derivatives too.
+// When the quick form serves: between which sizes all Δ of a warp's chunk must be. Gradient: for its derivatives too.
 template <class Quick, class General, bool Gradient>
 struct QuickLimits {
   static constexpr bool kAlways = std::is_same_v<Quick, General>;
   static constexpr bool kNegativeA = requires { Quick::kNegativeA; };
   static constexpr bool kHasMost = Gradient || kNegativeA;
-  bool any = true;
-  float least = 0.0f, most = 0.0f;
+  float2 of_step = {0.0f, 0.0f};  // the least and the most; the least is infinite where the A do not allow it at all
 
   // Of the least and the greatest size of A.
   MAMBA_SSM_DEVICE QuickLimits(float smallest, float largest) {
     if constexpr (!kAlways) {
-      any = smallest >= Quick::kSmallestA;
-      least = Quick::kSmallestX / smallest;
-      most = 3e38f;
-      if constexpr (kHasMost) most = Quick::kLargestX / largest;
+      of_step.x = smallest >= Quick::kSmallestA ? Quick::kSmallestX / smallest : INFINITY;
+      if constexpr (kHasMost) of_step.y = Quick::kLargestX / largest;
     }
   }
   MAMBA_SSM_DEVICE explicit QuickLimits(const States& A) {
@@ -160,16 +156,24 @@ struct QuickLimits {
   }
   // |A|, beyond all limits where A has the wrong sign.
   static MAMBA_SSM_DEVICE float size(float A) { return kNegativeA && A > 0.0f ? 3e38f : fabsf(A); }
-  // A pair of channels at a step, if there are such a step and such channels.
-  MAMBA_SSM_DEVICE bool allow(bool exists, float first, float second) const {
-    return kAlways || !exists || (is_allowed(first) && is_allowed(second));
-  }
 
- private:
-  MAMBA_SSM_DEVICE bool is_allowed(float delta) const {
-    const float size = kNegativeA ? delta : fabsf(delta);
-    return size >= least && size <= most;
-  }
+  // The sizes of steps of pairs of channels, without branches: those would part the instructions before from those
+  // behind.
+  struct Steps {
+    float least = 3e38f, most = 0.0f;
+
+    MAMBA_SSM_DEVICE void add(bool exists, float first, float second) {
+      if constexpr (!kAlways) {
+        const float a = kNegativeA ? first : fabsf(first), b = kNegativeA ? second : fabsf(second);
+        least = exists ? fminf(least, fminf(a, b)) : least;
+        if constexpr (kHasMost) most = exists ? fmaxf(most, fmaxf(a, b)) : most;
+      }
+    }
+    // Whether they allow the quick form in the whole warp.
+    MAMBA_SSM_DEVICE bool fit(float2 limits) const {
+      return kAlways || warp_all((least >= limits.x) & (!kHasMost | (most <= limits.y)));
+    }
+  };
 };
 
 // ---- rows of tensors ---------------------------------------------------------------------------------------------

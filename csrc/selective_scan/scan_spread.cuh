@@ -239,7 +239,9 @@ class SpreadScan {
       gate = {p_.scale * z.x * sigmoid(z.x), p_.scale * z.y * sigmoid(z.y)};
     }
     if constexpr (!Limits::kAlways) {
-      const bool fits = warp_all(limits.any && limits.allow(exists, d.x, d.y));
+      typename Limits::Steps steps;
+      steps.add(exists, d.x, d.y);
+      const bool fits = steps.fit(limits.of_step);
       if (threadIdx.x % kWarp == 0) target.quick[threadIdx.x / kWarp] = fits;
     }
 #pragma unroll
