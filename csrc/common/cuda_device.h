@@ -81,7 +81,13 @@ MAMBA_SSM_DEVICE T& shared_memory() {
 
 // base + count · bytes, in global memory, by one instruction.
 MAMBA_SSM_DEVICE char* advance(char* base, int count, int bytes) {
+#if defined(__CUDACC__)
+  long long result;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(result) : "r"(count), "r"(bytes), "l"(base));
+  return static_cast<char*>(__cvta_global_to_generic(result));
+#else
   return base + static_cast<std::int64_t>(count) * bytes;
+#endif
 }
 
 // Starts a copy of Bytes (4, 8 or 16) from global to shared memory, or zeros there if not `valid`.

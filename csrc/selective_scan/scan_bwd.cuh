@@ -489,16 +489,13 @@ MAMBA_SSM_DEVICE void write_pairs(const Stream& s, int channels, const Lane& lan
                                   const Function& value) {
   char* elements = s.row(chunk * tile::kSteps + lane.half) + 2 * lane.pair * s.size;
   const int written = 2 * lane.pair < channels ? steps - lane.half : 0;
-  const auto write = [&]<Dtype To>(std::integral_constant<Dtype, To>) {
+  const int written_in_T = s.size == kSize<T> ? written : 0, written_in_float32 = written - written_in_T;
 #pragma unroll
-    for (int i = 0; i < tile::kSteps; i += 2) {
-      store_pair_below<To>(i, written, advance(elements, i, s.row_bytes), value(i + lane.half));
-    }
-  };
-  if (s.size == kSize<T>) {
-    write(std::integral_constant<Dtype, T>());
-  } else if constexpr (T != Dtype::f32) {
-    write(std::integral_constant<Dtype, Dtype::f32>());
+  for (int i = 0; i < tile::kSteps; i += 2) {
+    const float2 pair = value(i + lane.half);
+    char* element = advance(elements, i, s.row_bytes);
+    store_pair_below<T>(i, written_in_T, element, pair);
+    if constexpr (T != Dtype::f32) store_pair_below<Dtype::f32>(i, written_in_float32, element, pair);
   }
 }
 
@@ -663,7 +660,7 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
   load_states(scan, t, lane, p.A, 0, -1.0f, A);
   using Limits = QuickLimits<Quick, General, true>;
   const Limits limits(A);
-  if (lane.index == 0) memory.limits = limits.of_step;
+  if (!Limits::kAlways && lane.index == 0) memory.limits = limits.of_step;
   Adjoint<Quick> a;
   a.prepare(A);
   const bool earlier = t.segment < scan.segments - 1;

@@ -137,14 +137,13 @@ class ForwardWalk {
   States h_, decay_;
   float2 total_ = {0.0f, 0.0f};   // of Δ
   typename Limits::Steps steps_;  // of the chunk that is staged
-  int checkpoint_mask_, first_checkpoint_;
 
  public:
   MAMBA_SSM_DEVICE ForwardWalk(const GpuScan& scan, const WarpTile& t, const States& A, ForwardWarp<T>& memory)
       : scan_(scan), memory_(memory), t_(t) {
     const ScanParams& p = scan.p;
     const Limits limits(A);
-    if (lane_.index == 0) memory.limits = limits.of_step;
+    if (!Limits::kAlways && lane_.index == 0) memory.limits = limits.of_step;
 #pragma unroll
     for (int i = 0; i < kSlots * kStates; ++i) decay_[i / kStates][i % kStates] = 1.0f;
     if (!kOutput) {
@@ -157,9 +156,6 @@ class ForwardWalk {
     const int c = 2 * lane_.pair;
     parameters_ = {{load_parameter(p.delta_bias, t, c), load_parameter(p.delta_bias, t, c + 1)},
                    {load_parameter(p.D, t, c), load_parameter(p.D, t, c + 1)}};
-    // Without checkpoints no chunk is one.
-    checkpoint_mask_ = (1 << scan.checkpoint_shift) - 1;
-    first_checkpoint_ = p.checkpoints == nullptr ? 0x7fffffff : static_cast<int>(p.first_checkpoint);
   }
 
   MAMBA_SSM_DEVICE void run(const States& A, const SegmentSums& sums) {
@@ -250,18 +246,19 @@ class ForwardWalk {
     wait_for_copies();
     __syncwarp();
     start_inputs<Kind>(scan_, t_, lane_, chunk + 2, memory_);
-    if (kOutput && (chunk & checkpoint_mask_) == 0 && chunk >= first_checkpoint_) {
-      store_states(scan_, t_, lane_, scan_.p.checkpoints, checkpoint_row(scan_, t_, chunk), h_);
+    const ScanParams& p = scan_.p;
+    if (kOutput && p.checkpoints != nullptr && is_checkpoint(scan_, chunk) && chunk >= p.first_checkpoint) {
+      store_states(scan_, t_, lane_, p.checkpoints, checkpoint_row(scan_, t_, chunk), h_);
     }
     const Stream out = memory_.out;
-    char* element = out.row(chunk * kSteps) + lane_.channel(0) * out.size;
-    const int written = lane_.channel(0) < t_.channels ? chunk_steps(scan_.p, chunk) : 0;
-    const int written_in_T = out.size == kSize<T> ? written : 0, written_in_float32 = written - written_in_T;
+    char* elements = out.row(chunk * kSteps) + lane_.channel(0) * out.size;
+    const int written = lane_.channel(0) < t_.channels ? chunk_steps(p, chunk) : 0;
+    const int written_in_T = out.size == kSize<T> ? written : 0;
     float part[8];
-    read_part(lane_, memory_.inputs[next].matrices, part);
 #pragma unroll
     for (int first = 0; first < kSteps; first += kStaged) {
       StagedPair staged[kStaged / 2];
+      if (first == 0) read_part(lane_, memory_.inputs[next].matrices, part);
 #pragma unroll
       for (int i = 0; i < kStaged; ++i) {
         const int step = first + i;
@@ -275,11 +272,11 @@ class ForwardWalk {
         const float partner_y = scan_step<Form, Kind>(partner.x, partner.y, k[1], B, C, h_[1], decay_[1]);
         if constexpr (kOutput) {
           const float result = (y + shuffle_xor(partner_y, 16) + own.z) * own.w;
+          char* element = advance(elements, step, out.row_bytes);
           store_element_below<T>(step, written_in_T, element, result);
           if constexpr (Kind == Output::plain && T != Dtype::f32) {
-            store_element_below<Dtype::f32>(step, written_in_float32, element, result);
+            store_element_below<Dtype::f32>(step, written - written_in_T, element, result);
           }
-          element += out.row_bytes;
         }
         if (i % 2 == 1) staged[i / 2] = stage(chunk + 1, step - 1);
       }
