@@ -52,11 +52,24 @@ def steps_of_all_sizes(method: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def steps_of_both_signs(dtype: torch.dtype) -> dict[str, Tensor]:
-    """x of both signs: a warp's channels with A < 0 and chunks with Δ > 0, then Δ < 0, and channels with A > 0."""
+    """x of both signs, and 0: of a warp, channels with A <= 0 and chunks of Δ > 0 and of Δ < 0; of another, A > 0."""
     inputs = make_inputs(batch=1, channels=40, length=40, states=16, dtype=dtype)
     inputs["A"] = 0.5 + 1.5 * torch.rand(40, 16)
     inputs["A"][:32] *= -1
+    inputs["A"][::5, 3] = 0.0
     del inputs["delta_bias"]
     signs = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0]).repeat_interleave(8)
     inputs["delta"] = (inputs["delta"].float().abs().clamp(0.1, 0.5) * signs).to(dtype)
+    return inputs
+
+
+def huge_steps(dtype: torch.dtype) -> dict[str, Tensor]:
+    """|x| from 1e2 to 1e5, of |A| below 0.5 and above."""
+    inputs = make_inputs(batch=1, channels=40, length=27, states=16, dtype=dtype)
+    for name in ("delta_bias", "initial_state", "D", "z"):
+        del inputs[name]
+    inputs["A"] = -(100.0 + 900.0 * torch.rand(40, 16))
+    inputs["A"][32:] /= 3000.0
+    inputs["delta"] = (10.0 + 90.0 * torch.rand_like(inputs["delta"].float())).to(dtype)
+    inputs["delta"][:, 32:] *= 500.0  # what float16 can hold
     return inputs

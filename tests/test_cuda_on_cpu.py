@@ -17,7 +17,15 @@ import test_causal_conv1d as conv
 import test_layer_norm as norm
 import test_mixer
 import torch
-from gpu_accuracy import FLOOR, SIZES, floor_of, steps_of_all_sizes, steps_of_both_signs, steps_of_one_size
+from gpu_accuracy import (
+    FLOOR,
+    SIZES,
+    floor_of,
+    huge_steps,
+    steps_of_all_sizes,
+    steps_of_both_signs,
+    steps_of_one_size,
+)
 from test_selective_scan_cpu import (
     DTYPES,
     activation,
@@ -189,6 +197,13 @@ def test_steps_of_both_signs(dtype):
     for method in ("foh", "zoh_exact"):  # the former has a form for x <= 0 only
         floor = max(3 * FLOOR, floor_of(dtype, method))
         check(aligned(steps_of_both_signs(dtype)), method, delta_softplus=False, floor=floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_huge_steps(dtype):
+    for method in ("foh", "zoh_exact"):
+        floor = max(3 * FLOOR, floor_of(dtype, method))
+        check(aligned(huge_steps(dtype)), method, delta_softplus=False, floor=floor)
 
 
 @pytest.mark.parametrize("method", METHODS)

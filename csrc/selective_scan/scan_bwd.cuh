@@ -628,8 +628,10 @@ MAMBA_SSM_DEVICE void clear(States& values) {
 template <class Method, Dtype T>
 struct BackwardThread {
   using General = typename form::Backward<Method, T>::General;
+  using Quick = typename form::Backward<Method, T>::Quick;
   static constexpr bool kExact = T != Dtype::bf16;
-  Adjoint<typename form::Backward<Method, T>::Quick> a;
+  static_assert(!Adjoint<Quick>::kKeep || std::is_same_v<Quick, General> || requires { Quick::kKeepsA; });
+  Adjoint<Quick> a;
   States h;
   ChannelGradients channel;
   float D;

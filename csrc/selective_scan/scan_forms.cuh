@@ -7,7 +7,8 @@
 //     a_bar(Δ, k)                        Ā
 //     gradient(Δ, A)                     a TransitionGradient<float>; or, if kFactored, gradient(Δ, k), a Factors
 // and, if it does not serve all A and Δ, kSmallestA and kSmallestX, and kLargestX for the gradient: the |A| and |x| for
-// which it does.
+// which it does; with kNegativeA, it serves A <= 0 and Δ >= 0 only, and kLargestX is for `advance` too. Of the form for
+// what is left no a_bar is wanted.
 #pragma once
 
 #include <type_traits>
@@ -143,7 +144,6 @@ struct RoundedFoh {
     const float i = fast_reciprocal(A);
     return {A * kLog2e, i * i};
   }
-  static MAMBA_SSM_DEVICE float a_bar(float delta, const Coefficients& k) { return fast_exp2(delta * k.rate); }
   static MAMBA_SSM_DEVICE float phi2(float z) {
     float q = z * (kLn2 * kLn2 * kLn2 / 120) + kLn2 * kLn2 / 24;
     q = q * z + kLn2 / 6;
@@ -166,7 +166,7 @@ struct RoundedFoh {
     const float i = fast_reciprocal(A), z = (delta * kLog2e) * A, e = fast_exp2(z), delta2 = delta * delta;
     const bool near = is_near(z);
     const float p2 = near ? delta2 * phi2(z) : second(z, e) * (i * i);
-    const float p1 = p2 * A + delta;
+    const float p1 = near ? p2 * A + delta : (e - 1.0f) * i;
     return {e, e, p2, p1, near ? (delta2 * delta) * slope(z) : fmaf(-2.0f, p2, delta * p1) * i};
   }
 };
@@ -174,6 +174,7 @@ struct RoundedFoh {
 struct RoundedFohInRange {
   static constexpr bool kInputIsDelta = false, kSlopeIsABar = true, kFactored = false, kNegativeA = true;
   static constexpr float kSmallestA = 0.0f, kSmallestX = 0.0f, kLargestX = 3.0f;
+  static constexpr bool kKeepsA = true;
   using Coefficients = float;
   static MAMBA_SSM_DEVICE float prepare(float A) { return A; }
   static MAMBA_SSM_DEVICE float exponent(float delta, float A) { return (delta * kLog2e) * A; }
@@ -232,6 +233,12 @@ struct FactoredPolynomial {
   static constexpr int kLowest = m.lowest();
   static constexpr bool kHasRest = kLowest == 1 || m.m[0][1] != 0.0f;
   static constexpr float kPerA = kLn2;
+  static_assert([] {  // what `advance` and `gradient` leave out
+    if (kLowest == 0) return m.m[3][1] == 0.0f && m.m[3][2] == 0.0f;
+    bool only = true;
+    for (const auto& row : m.m) only &= row[0] == 0.0f && row[2] == 0.0f;
+    return only;
+  }());
   using Coefficients = float;
   static MAMBA_SSM_DEVICE float prepare(float A) { return A * kLog2e; }
   static MAMBA_SSM_DEVICE float a_bar(float delta, float rate) { return fast_exp2(delta * rate); }

@@ -7,8 +7,6 @@
 // outputs gives the sums of a segment.
 #pragma once
 
-#include <type_traits>
-
 #include "scan_gpu.cuh"
 
 namespace mamba_ssm {
@@ -33,6 +31,8 @@ template <Dtype T>
 struct ForwardMemory {
   ForwardWarp<T> warps[tile::kWarps];
 };
+// A multiprocessor has 228 KiB, of which each block takes 1 KiB more than it asks for.
+static_assert(tile::kForwardBlocks * (sizeof(ForwardMemory<Dtype::bf16>) + 1024) <= 228 * 1024);
 
 template <Dtype T>
 MAMBA_SSM_DEVICE void make_streams(const GpuScan& scan, const WarpTile& t, const Lane& lane, ForwardWarp<T>& memory) {

@@ -126,12 +126,13 @@ struct QuickLimits {
   static constexpr bool kAlways = std::is_same_v<Quick, General>;
   static constexpr bool kNegativeA = requires { Quick::kNegativeA; };
   static constexpr bool kHasMost = Gradient || kNegativeA;
-  float2 of_step = {0.0f, 0.0f};  // the least and the most; the least is infinite where the A do not allow it at all
+  float2 of_step = {0.0f, 0.0f};  // the least and the most, such that none is allowed where the A do not allow it
 
   // Of the least and the greatest size of A.
   MAMBA_SSM_DEVICE QuickLimits(float smallest, float largest) {
     if constexpr (!kAlways) {
-      of_step.x = smallest >= Quick::kSmallestA ? Quick::kSmallestX / smallest : INFINITY;
+      const float least = Quick::kSmallestX == 0.0f ? 0.0f : Quick::kSmallestX / smallest;  // A may be 0
+      of_step.x = smallest >= Quick::kSmallestA ? least : INFINITY;
       if constexpr (kHasMost) of_step.y = Quick::kLargestX / largest;
     }
   }
