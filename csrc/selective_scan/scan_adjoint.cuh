@@ -52,16 +52,10 @@ __global__ void __launch_bounds__(tile::kThreads, tile::kBackwardBlocks)
   const Lane lane;
   States A, adjoint, decay;
   load_states(scan, t, lane, p.A, 0, -1.0f, A);
-  typename Quick::Coefficients k[kSlots][kStates];
-#pragma unroll
-  for (int s = 0; s < kSlots; ++s) {
-#pragma unroll
-    for (int j = 0; j < kStates; ++j) {
-      k[s][j] = Quick::prepare(A[s][j]);
-      adjoint[s][j] = 0.0f;
-      decay[s][j] = 1.0f;
-    }
-  }
+  FormCoefficients<Quick> k;
+  prepare<Quick>(A, k);
+  fill(adjoint, 0.0f);
+  fill(decay, 1.0f);
   const int c = 2 * lane.pair;
   const float2 bias = {load_parameter(p.delta_bias, t, c), load_parameter(p.delta_bias, t, c + 1)};
   if (lane.index == 0) {

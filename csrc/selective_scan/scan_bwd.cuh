@@ -610,19 +610,6 @@ MAMBA_SSM_DEVICE void read_state(const Lane& lane, const BackwardWarp<T>& memory
   }
 }
 
-MAMBA_SSM_DEVICE void copy(const States& from, States& to) {
-#pragma unroll
-  for (int i = 0; i < tile::kSlots * tile::kThreadStates; ++i) {
-    to[i / tile::kThreadStates][i % tile::kThreadStates] = from[i / tile::kThreadStates][i % tile::kThreadStates];
-  }
-}
-MAMBA_SSM_DEVICE void clear(States& values) {
-#pragma unroll
-  for (int i = 0; i < tile::kSlots * tile::kThreadStates; ++i) {
-    values[i / tile::kThreadStates][i % tile::kThreadStates] = 0.0f;
-  }
-}
-
 // What a thread has in registers, and a chunk with the general form: that is not inlined, as it would take registers of
 // the quick form's, and their place in the instruction cache.
 template <class Method, Dtype T>
@@ -716,7 +703,7 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
       __syncthreads();
       write_results(p, out, lane, chunk, steps, memory);
       write_partial(lane, chunk, steps, block_memory);
-      clear(h);  // it is read anew; so it takes no registers on the way back
+      fill(h, 0.0f);  // it is read anew; so it takes no registers on the way back
     } else {
       const bool quick = stage_quietly<Limits>(p, lane, steps, bias, memory);
       __syncwarp();

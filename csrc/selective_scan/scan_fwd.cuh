@@ -126,8 +126,6 @@ class ForwardWalk {
   // behind.
   static constexpr int kStaged = 4;
   static constexpr bool kOutput = Kind != Output::none;
-  template <class Form>
-  using Coefficients = typename Form::Coefficients[kSlots][kStates];
 
   const GpuScan& scan_;
   ForwardWarp<T>& memory_;
@@ -144,10 +142,9 @@ class ForwardWalk {
     const ScanParams& p = scan.p;
     const Limits limits(A);
     if (!Limits::kAlways && lane_.index == 0) memory.limits = limits.of_step;
-#pragma unroll
-    for (int i = 0; i < kSlots * kStates; ++i) decay_[i / kStates][i % kStates] = 1.0f;
+    fill(decay_, 1.0f);
     if (!kOutput) {
-      load_states(scan, t, lane_, nullptr, 0, 0.0f, h_);
+      fill(h_, 0.0f);
     } else if (t.segment > 0) {
       load_states(scan, t, lane_, scan.segment_states, segment_row(scan, t), 0.0f, h_);
     } else {
@@ -159,11 +156,8 @@ class ForwardWalk {
   }
 
   MAMBA_SSM_DEVICE void run(const States& A, const SegmentSums& sums) {
-    Coefficients<Quick> k;
-#pragma unroll
-    for (int i = 0; i < kSlots * kStates; ++i) {
-      k[i / kStates][i % kStates] = Quick::prepare(A[i / kStates][i % kStates]);
-    }
+    FormCoefficients<Quick> k;
+    prepare<Quick>(A, k);
     make_streams(scan_, t_, lane_, memory_);
     if (kOutput && scan_.p.addend.data == nullptr) {  // zeros, once
       const Stream none = memory_.addend;
@@ -206,19 +200,13 @@ class ForwardWalk {
   static MAMBA_SSM_DEVICE_CALL void scan_generally(ForwardWalk& walk, int chunk) {
     States A;
     load_states(walk.scan_, walk.t_, walk.lane_, walk.scan_.p.A, 0, -1.0f, A);
-    Coefficients<General> k;
-#pragma unroll
-    for (int i = 0; i < kSlots * kStates; ++i) {
-      k[i / kStates][i % kStates] = General::prepare(A[i / kStates][i % kStates]);
-    }
+    FormCoefficients<General> k;
+    prepare<General>(A, k);
     walk.template scan_chunk<General>(k, chunk);
   }
   MAMBA_SSM_DEVICE void take(const ForwardWalk& other) {
-#pragma unroll
-    for (int i = 0; i < kSlots * kStates; ++i) {
-      h_[i / kStates][i % kStates] = other.h_[i / kStates][i % kStates];
-      decay_[i / kStates][i % kStates] = other.decay_[i / kStates][i % kStates];
-    }
+    copy(other.h_, h_);
+    copy(other.decay_, decay_);
     total_ = other.total_;
     steps_ = other.steps_;
   }
@@ -241,7 +229,7 @@ class ForwardWalk {
   }
 
   template <class Form>
-  MAMBA_SSM_DEVICE void scan_chunk(const Coefficients<Form>& k, int chunk) {
+  MAMBA_SSM_DEVICE void scan_chunk(const FormCoefficients<Form>& k, int chunk) {
     const int now = chunk % 2, next = 1 - now;
     wait_for_copies();
     __syncwarp();
@@ -285,7 +273,7 @@ class ForwardWalk {
     }
   }
 
-  MAMBA_SSM_DEVICE void finish(const Coefficients<Quick>& k, const SegmentSums& sums) {
+  MAMBA_SSM_DEVICE void finish(const FormCoefficients<Quick>& k, const SegmentSums& sums) {
     if constexpr (!kOutput) {
       if constexpr (Quick::kSlopeIsABar) {
         const float2 total = {total_.x + shuffle_xor(total_.x, 16), total_.y + shuffle_xor(total_.y, 16)};

@@ -64,6 +64,19 @@ MAMBA_SSM_DEVICE int chunk_steps(const ScanParams& p, int chunk) {
 // The thread's states of both of its channels.
 using States = float[tile::kSlots][tile::kThreadStates];
 
+MAMBA_SSM_DEVICE void fill(States& values, float value) {
+#pragma unroll
+  for (int i = 0; i < tile::kSlots * tile::kThreadStates; ++i) {
+    values[i / tile::kThreadStates][i % tile::kThreadStates] = value;
+  }
+}
+MAMBA_SSM_DEVICE void copy(const States& from, States& to) {
+#pragma unroll
+  for (int i = 0; i < tile::kSlots * tile::kThreadStates; ++i) {
+    to[i / tile::kThreadStates][i % tile::kThreadStates] = from[i / tile::kThreadStates][i % tile::kThreadStates];
+  }
+}
+
 // Calls function(slot, state, index): where four of the thread's states of a slot begin in row `row`. Not for channels
 // and states that do not exist.
 template <class Function>
@@ -84,11 +97,7 @@ MAMBA_SSM_DEVICE void for_each_quad(const GpuScan& scan, const WarpTile& t, cons
 // four states.
 MAMBA_SSM_DEVICE void load_states(const GpuScan& scan, const WarpTile& t, const Lane& lane, const float* matrix,
                                   std::int64_t row, float missing, States& values) {
-#pragma unroll
-  for (int s = 0; s < tile::kSlots; ++s) {
-#pragma unroll
-    for (int j = 0; j < tile::kThreadStates; ++j) values[s][j] = missing;
-  }
+  fill(values, missing);
   if (matrix == nullptr) return;
   for_each_quad(scan, t, lane, row, [&](int s, int j, std::int64_t index) {
     const float4 v = *reinterpret_cast<const float4*>(matrix + index);
@@ -119,6 +128,18 @@ MAMBA_SSM_DEVICE float load_parameter(const float* parameter, const WarpTile& t,
 }
 
 // ---- the forms of a method ---------------------------------------------------------------------------------------
+
+// What a form needs of each of the thread's states.
+template <class Form>
+using FormCoefficients = typename Form::Coefficients[tile::kSlots][tile::kThreadStates];
+template <class Form>
+MAMBA_SSM_DEVICE void prepare(const States& A, FormCoefficients<Form>& k) {
+#pragma unroll
+  for (int i = 0; i < tile::kSlots * tile::kThreadStates; ++i) {
+    const int s = i / tile::kThreadStates, j = i % tile::kThreadStates;
+    k[s][j] = Form::prepare(A[s][j]);
+  }
+}
 
 // When the quick form serves: between which sizes all Δ of a warp's chunk must be. Gradient: for its derivatives too.
 template <class Quick, class General, bool Gradient>
