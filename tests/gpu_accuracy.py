@@ -1,8 +1,13 @@
 """What the tests of the CUDA kernels, on a GPU and emulated, share: how accurate they must be, steps of every size."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
-from test_selective_scan_cpu import make_inputs
+from test_selective_scan_cpu import DTYPES, make_inputs
 from torch import Tensor
+
+from mamba_ssm.ops.discretization_ref import METHODS
 
 FLOOR = 1e-6  # the fast exponential has errors up to 2^-22: eight units in the last place
 HOLDS = ("foh", "poly", "highorder", "zoh_exact")
@@ -73,3 +78,44 @@ def huge_steps(dtype: torch.dtype) -> dict[str, Tensor]:
     inputs["delta"] = (10.0 + 90.0 * torch.rand_like(inputs["delta"].float())).to(dtype)
     inputs["delta"][:, 32:] *= 500.0  # what float16 can hold
     return inputs
+
+
+def aligned(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with B and C as the fast path wants them: states innermost, at even offsets."""
+    for name in "BC":
+        batch, states, length = inputs[name].shape
+        inputs[name] = torch.randn(batch, length, states + 4, dtype=inputs[name].dtype)[..., 4:].transpose(1, 2)
+    return inputs
+
+
+class StepTests:
+    """Steps of every size, for the kernels that `check` compares with the reference."""
+
+    check: Callable[..., None]
+
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_steps_of_one_size(self, method, dtype, size):
+        inputs, floor = steps_of_one_size(size, method, dtype)
+        self.check(aligned(inputs), method, reverse=dtype == torch.bfloat16, delta_softplus=False, floor=floor)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_steps_of_all_sizes(self, method, dtype):
+        inputs, floor = aligned(steps_of_all_sizes(method, dtype)), max(3 * FLOOR, floor_of(dtype, method))
+        self.check(inputs, method, delta_softplus=False, floor=floor)
+        inputs["A"][:, 0] = -1e-3
+        self.check(inputs, method, reverse=True, delta_softplus=False, floor=floor)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_steps_of_both_signs(self, dtype):
+        for method in ("foh", "zoh_exact"):  # the former has a form for x <= 0 only
+            floor = max(3 * FLOOR, floor_of(dtype, method))
+            self.check(aligned(steps_of_both_signs(dtype)), method, delta_softplus=False, floor=floor)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_huge_steps(self, dtype):
+        for method in ("foh", "zoh_exact"):
+            floor = max(3 * FLOOR, floor_of(dtype, method))
+            self.check(aligned(huge_steps(dtype)), method, delta_softplus=False, floor=floor)

@@ -9,15 +9,7 @@ import pytest
 import test_causal_conv1d as conv
 import test_mixer as mixer_tests
 import torch
-from gpu_accuracy import (
-    FLOOR,
-    SIZES,
-    floor_of,
-    huge_steps,
-    steps_of_all_sizes,
-    steps_of_both_signs,
-    steps_of_one_size,
-)
+from gpu_accuracy import StepTests, aligned, floor_of
 from test_selective_scan_cpu import (
     DTYPES,
     LAYOUTS,
@@ -53,14 +45,6 @@ def gpu():
     torch.set_default_device(None)
 
 
-def aligned(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with B and C as the fast path wants them: states innermost, at even offsets."""
-    for name in "BC":
-        batch, states, length = inputs[name].shape
-        inputs[name] = torch.randn(batch, length, states + 4, dtype=inputs[name].dtype)[..., 4:].transpose(1, 2)
-    return inputs
-
-
 def check(inputs: dict[str, Tensor], method: str = "zoh", reverse: bool = False, **options) -> None:
     compare(inputs, method, reverse, **{"floor": floor_of(inputs["u"].dtype, method), **options})
 
@@ -92,35 +76,8 @@ def test_every_division(method, dtype, lanes, monkeypatch):
         check(inputs, method)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_steps_of_one_size(method, dtype, size):
-    inputs, floor = steps_of_one_size(size, method, dtype)
-    check(aligned(inputs), method, reverse=dtype == torch.bfloat16, delta_softplus=False, floor=floor)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_steps_of_all_sizes(method, dtype):
-    inputs, floor = aligned(steps_of_all_sizes(method, dtype)), max(3 * FLOOR, floor_of(dtype, method))
-    check(inputs, method, delta_softplus=False, floor=floor)
-    inputs["A"][:, 0] = -1e-3
-    check(inputs, method, reverse=True, delta_softplus=False, floor=floor)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_steps_of_both_signs(dtype):
-    for method in ("foh", "zoh_exact"):  # the former has a form for x <= 0 only
-        floor = max(3 * FLOOR, floor_of(dtype, method))
-        check(aligned(steps_of_both_signs(dtype)), method, delta_softplus=False, floor=floor)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_huge_steps(dtype):
-    for method in ("foh", "zoh_exact"):
-        floor = max(3 * FLOOR, floor_of(dtype, method))
-        check(aligned(huge_steps(dtype)), method, delta_softplus=False, floor=floor)
+class TestSteps(StepTests):
+    check = staticmethod(check)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

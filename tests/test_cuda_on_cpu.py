@@ -17,15 +17,7 @@ import test_causal_conv1d as conv
 import test_layer_norm as norm
 import test_mixer
 import torch
-from gpu_accuracy import (
-    FLOOR,
-    SIZES,
-    floor_of,
-    huge_steps,
-    steps_of_all_sizes,
-    steps_of_both_signs,
-    steps_of_one_size,
-)
+from gpu_accuracy import FLOOR, StepTests, aligned, floor_of
 from test_selective_scan_cpu import (
     DTYPES,
     activation,
@@ -127,15 +119,6 @@ def channels_by_threads(monkeypatch):
     monkeypatch.setenv("MAMBA_SSM_SCAN_LANES", "0")
 
 
-def aligned(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with B and C as the fast path wants them: states innermost, at even offsets."""
-    for name in "BC":
-        batch, states, length = inputs[name].shape
-        rows = torch.randn(batch, length, states + 4, dtype=inputs[name].dtype)
-        inputs[name] = rows[..., 4:].transpose(1, 2)
-    return inputs
-
-
 def at_offset(t: Tensor, offset: int) -> Tensor:
     """The same, its memory beginning `offset` elements behind a multiple of 16 bytes."""
     memory = torch.empty(t.numel() + offset, dtype=t.dtype)[offset:].view(t.shape).copy_(t)
@@ -175,35 +158,8 @@ def test_alignment(offset, dtype, length):
     check(inputs, reverse=True)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_steps_of_one_size(method, dtype, size):
-    inputs, floor = steps_of_one_size(size, method, dtype)
-    check(aligned(inputs), method, reverse=dtype == torch.bfloat16, delta_softplus=False, floor=floor)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_steps_of_all_sizes(method, dtype):
-    inputs, floor = aligned(steps_of_all_sizes(method, dtype)), max(3 * FLOOR, floor_of(dtype, method))
-    check(inputs, method, delta_softplus=False, floor=floor)
-    inputs["A"][:, 0] = -1e-3
-    check(inputs, method, reverse=True, delta_softplus=False, floor=floor)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_steps_of_both_signs(dtype):
-    for method in ("foh", "zoh_exact"):  # the former has a form for x <= 0 only
-        floor = max(3 * FLOOR, floor_of(dtype, method))
-        check(aligned(steps_of_both_signs(dtype)), method, delta_softplus=False, floor=floor)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_huge_steps(dtype):
-    for method in ("foh", "zoh_exact"):
-        floor = max(3 * FLOOR, floor_of(dtype, method))
-        check(aligned(huge_steps(dtype)), method, delta_softplus=False, floor=floor)
+class TestSteps(StepTests):
+    check = staticmethod(check)
 
 
 @pytest.mark.parametrize("method", METHODS)
