@@ -4,13 +4,51 @@
 //     advances  the state through the chunk: C·h for dz, dC = h dy; the state before every pair of steps is kept,
 //     returns   through the pairs with g_t = C_t dy_t + Ā_{t+1} g_{t+1}, the gradient of h_t.
 //
-// The sums over the states of a channel go to its two threads by a shuffle, those over the channels (dB, dC) to the
-// tensor cores: a product with a matrix of ones and zeros. Nothing is added in an order that could change.
+// The sums over the states of a channel go to its two threads by a shuffle, those over the channels (dB, dC) through
+// shared memory, see ChannelSums. Nothing is added in an order that could change.
 #pragma once
 
 #include "scan_adjoint.cuh"
 
 namespace mamba_ssm {
+
+// The thread's states are worked on four of each channel at a time.
+constexpr int kQuad = 4;
+
+// Sums over the channels of a warp, for two steps: each lane keeps its terms of four states at a time in shared memory,
+// and `sum` gives it the sum for one state of one step.
+//
+// A lane adds up four of the sixteen lanes' terms of one group of four states, and shuffles do the rest; eight
+// neighbouring lanes read from different banks at each of the four reads. Not on the tensor cores, whose products with
+// a matrix of ones would take half the instructions: an H200 runs a kernel that has one at 1.76 GHz, and others
+// at 1.95.
+class ChannelSums {
+ public:
+  using Terms = float4[4][kWarp];
+
+  static MAMBA_SSM_DEVICE int step(const Lane& lane) { return lane.index / 2 % 2; }
+  static MAMBA_SSM_DEVICE int state(const Lane& lane) {
+    return lane.first_state() + lane.index % 2 * kQuad + lane.index / 8 % 2 * 2 + lane.index / 4 % 2;
+  }
+
+  // The terms of the thread's states from `quad` on at both steps.
+  static MAMBA_SSM_DEVICE void keep(const Lane& lane, int quad, const float (&first)[kQuad],
+                                    const float (&second)[kQuad], Terms& terms) {
+    terms[quad / kQuad][lane.index] = {first[0], first[1], first[2], first[3]};
+    terms[2 + quad / kQuad][lane.index] = {second[0], second[1], second[2], second[3]};
+  }
+  static MAMBA_SSM_DEVICE float sum(const Lane& lane, const Terms& terms) {
+    const int group = lane.index % 4, low = lane.index / 4 % 2, high = lane.index / 8 % 2;
+    const float4* row = terms[group] + lane.half * 16 + low + 2 * (high ^ group % 2);
+    const float4 *near = row + 4 * (group / 2), *far = row + 4 * (1 - group / 2);
+    const float4 a = near[0], b = near[8], c = far[0], d = far[8];
+    const float sums[kQuad] = {(a.x + b.x) + (c.x + d.x), (a.y + b.y) + (c.y + d.y), (a.z + b.z) + (c.z + d.z),
+                               (a.w + b.w) + (c.w + d.w)};
+    const float first = (high ? sums[2] : sums[0]) + shuffle_xor(high ? sums[0] : sums[2], 8);
+    const float second = (high ? sums[3] : sums[1]) + shuffle_xor(high ? sums[1] : sums[3], 8);
+    return (low ? second : first) + shuffle_xor(low ? first : second, 4);
+  }
+};
 
 template <Dtype T>
 struct BackwardWarp {
@@ -27,6 +65,9 @@ struct BackwardWarp {
   } streams;
   WarpTile tile;
   float2 limits;  // QuickLimits::of_step
+
+  // The rows of u to dout once they are staged, until those of the next chunk are copied.
+  MAMBA_SSM_DEVICE ChannelSums::Terms& terms() { return *reinterpret_cast<ChannelSums::Terms*>(&u); }
 };
 template <Dtype T>
 struct BackwardMemory {
@@ -34,6 +75,7 @@ struct BackwardMemory {
 };
 // A multiprocessor has 228 KiB, of which each block takes 1 KiB more than it asks for.
 static_assert(tile::kBackwardBlocks * (sizeof(BackwardMemory<Dtype::bf16>) + 1024) <= 228 * 1024);
+static_assert(sizeof(Rows<Dtype::bf16>) * 4 == sizeof(ChannelSums::Terms));
 
 template <Dtype T>
 MAMBA_SSM_DEVICE void make_streams(const GpuScan& scan, const GpuScanGradients& out, const WarpTile& t,
@@ -70,51 +112,6 @@ MAMBA_SSM_DEVICE void make_streams(const GpuScan& scan, const GpuScanGradients& 
   }
   __syncwarp();
 }
-
-// The thread's states are worked on four of each channel at a time.
-constexpr int kQuad = 4;
-using Quad = float[tile::kSlots][kQuad];
-
-// Sums over the channels of a warp, for two steps: `finish` gives each lane the sum for one state of one step.
-//
-// A thread's terms of two states are a row of the left factor of a product on the tensor cores, see multiply_tiles; the
-// right factor has ones in these states' columns. That sums over groups of four lanes; shuffles do the rest. Exact:
-// each term is multiplied in two parts, as the products have only tf32's precision.
-template <bool Exact>
-class ChannelSums {
- public:
-  static MAMBA_SSM_DEVICE int step(const Lane& lane) { return lane.index / 4 % 2; }
-  static MAMBA_SSM_DEVICE int state(const Lane& lane) {
-    return lane.first_state() + lane.index % 4 * 2 + lane.index / 8 % 2;
-  }
-
-  // The terms of states j to j + 3 of the thread, at both steps.
-  MAMBA_SSM_DEVICE void add(const Lane& lane, int j, const float (&first)[kQuad], const float (&second)[kQuad]) {
-#pragma unroll
-    for (int i = 0; i < kQuad; i += 2) {
-      const int column = lane.index / 4;
-      const float b0 = column == j + i ? 1.0f : 0.0f, b1 = column == j + i + 1 ? 1.0f : 0.0f;
-      if constexpr (Exact) {
-        const float f0 = tile_part(first[i]), f1 = tile_part(first[i + 1]);
-        const float s0 = tile_part(second[i]), s1 = tile_part(second[i + 1]);
-        multiply_tiles(sums_, f0, s0, f1, s1, b0, b1);
-        multiply_tiles(sums_, first[i] - f0, second[i] - s0, first[i + 1] - f1, second[i + 1] - s1, b0, b1);
-      } else {
-        multiply_tiles(sums_, first[i], second[i], first[i + 1], second[i + 1], b0, b1);
-      }
-    }
-  }
-
-  MAMBA_SSM_DEVICE float finish(const Lane& lane) const {
-    const bool second_step = lane.index & 4, second_state = lane.index & 8;
-    const float a = (second_step ? sums_[2] : sums_[0]) + shuffle_xor(second_step ? sums_[0] : sums_[2], 4);
-    const float b = (second_step ? sums_[3] : sums_[1]) + shuffle_xor(second_step ? sums_[1] : sums_[3], 4);
-    return (second_state ? b : a) + shuffle_xor(second_state ? a : b, 8);
-  }
-
- private:
-  float sums_[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-};
 
 // A place in the walk. From one checkpoint to the next, `last` chunk before it included, the walk first advances the
 // state chunk by chunk, keeping it before each, and then returns through the chunks from the last.
@@ -160,7 +157,7 @@ struct GradientPair {
   float2 gate;
 };
 template <Dtype T>
-MAMBA_SSM_DEVICE GradientPair stage_gradient_pair(const ScanParams& p, int step, int pair, int steps, float2 bias,
+MAMBA_SSM_DEVICE GradientPair stage_gradient_pair(const ScanParams& p, int step, int pair, float2 bias,
                                                   const BackwardWarp<T>& memory) {
   const float2 x = memory.delta.pair(step, pair), u = memory.u.pair(step, pair);
   const float2 dout = memory.dout.pair(step, pair), z = memory.z.pair(step, pair);
@@ -168,13 +165,22 @@ MAMBA_SSM_DEVICE GradientPair stage_gradient_pair(const ScanParams& p, int step,
   const Softplus s0 = softplus(raw.x), s1 = softplus(raw.y);
   float2 delta = {s0.value, s1.value}, slope = {softplus_slope(raw.x, s0), softplus_slope(raw.y, s1)};
   if (!p.delta_softplus) delta = raw, slope = {1.0f, 1.0f};
-  if (step >= steps) delta = slope = {0.0f, 0.0f};  // Δ = 0 leaves the state and its gradient as they are
   const float2 s = {sigmoid(z.x), sigmoid(z.y)}, silu = {z.x * s.x, z.y * s.y},
                gradient = {dout.x * p.scale, dout.y * p.scale};
   float2 dy = {gradient.x * silu.x, gradient.y * silu.y};
   if (p.z.data == nullptr) dy = gradient;
   const float2 gate = {gradient.x * (s.x + silu.x * (1.0f - s.x)), gradient.y * (s.y + silu.y * (1.0f - s.y))};
   return {{delta.x, u.x, dy.x, slope.x}, {delta.y, u.y, dy.y, slope.y}, gate};
+}
+// Steps that do not exist: Δ = 0 leaves the state and its gradient as they are, and no slope adds up to nothing.
+template <Dtype T>
+MAMBA_SSM_DEVICE void clear_missing(const Lane& lane, int steps, BackwardWarp<T>& memory) {
+  if (steps == tile::kSteps) return;
+#pragma unroll
+  for (int i = 0; i < tile::kSteps; i += 2) {
+    float4* target = memory.step[i + lane.half] + lane.pair;
+    if (i + lane.half >= steps) target[0] = target[16] = {0.0f, 0.0f, 0.0f, 0.0f};
+  }
 }
 // What the steps of a chunk need to be advanced through: Δ and u. Returns whether the quick form fits.
 template <class Limits, Dtype T>
@@ -191,7 +197,6 @@ MAMBA_SSM_DEVICE bool stage_quietly(const ScanParams& p, const Lane& lane, int s
     const float2 raw = {x.x + bias.x, x.y + bias.y};
     float2 delta = {softplus(raw.x).value, softplus(raw.y).value};
     if (!p.delta_softplus) delta = raw;
-    if (step >= steps) delta = {0.0f, 0.0f};
     staged[i] = {delta.x, u.x, delta.y, u.y};
     sizes.add(step < steps && 2 * lane.pair < memory.tile.channels, delta.x, delta.y);
   }
@@ -202,6 +207,7 @@ MAMBA_SSM_DEVICE bool stage_quietly(const ScanParams& p, const Lane& lane, int s
     target[0] = {staged[i].x, staged[i].y, 0.0f, 0.0f};
     target[16] = {staged[i].z, staged[i].w, 0.0f, 0.0f};
   }
+  clear_missing(lane, steps, memory);
   return sizes.fit(memory.limits);
 }
 // What they need to be returned through, likewise.
@@ -215,7 +221,7 @@ MAMBA_SSM_DEVICE bool stage_chunk(const ScanParams& p, const Lane& lane, int ste
 #pragma unroll
   for (int i = 0; i < tile::kSteps / 2; ++i) {
     const int step = 2 * i + lane.half;
-    staged[i] = stage_gradient_pair(p, step, lane.pair, steps, bias, memory);
+    staged[i] = stage_gradient_pair(p, step, lane.pair, bias, memory);
     const bool exists = step < steps && 2 * lane.pair < memory.tile.channels;
     sizes.add(exists, staged[i].first.x, staged[i].second.x);
   }
@@ -227,6 +233,7 @@ MAMBA_SSM_DEVICE bool stage_chunk(const ScanParams& p, const Lane& lane, int ste
     memory.step[step][lane.pair + 16] = staged[i].second;
     *reinterpret_cast<float2*>(memory.gate[step] + 2 * lane.pair) = staged[i].gate;
   }
+  clear_missing(lane, steps, memory);
   return sizes.fit(memory.limits);
 }
 
@@ -310,10 +317,11 @@ struct TwoSteps {
 };
 
 // h through the chunk: keeps it before every pair of steps, and finds dC and dz.
-template <class Form, bool Exact, class Quick, Dtype T>
+template <class Form, class Quick, Dtype T>
 MAMBA_SSM_DEVICE void advance_chunk(const Lane& lane, const Adjoint<Quick>& a, float D, States& h,
                                     BackwardWarp<T>& memory) {
   constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots;
+  ChannelSums::Terms& terms = memory.terms();
   TwoSteps in, next;
   next.read(lane, 0, memory);
 #pragma unroll 2
@@ -321,7 +329,6 @@ MAMBA_SSM_DEVICE void advance_chunk(const Lane& lane, const Adjoint<Quick>& a, f
     in = next;
     next.read(lane, (first + 2) % tile::kSteps, memory);  // before what is stored below, which would be waited for
     float y[2][kSlots] = {};
-    ChannelSums<Exact> sums;
 #pragma unroll
     for (int quad = 0; quad < kStates; quad += kQuad) {
       float dC[2][kQuad];
@@ -352,9 +359,12 @@ MAMBA_SSM_DEVICE void advance_chunk(const Lane& lane, const Adjoint<Quick>& a, f
           }
         }
       }
-      sums.add(lane, quad, dC[0], dC[1]);
+      ChannelSums::keep(lane, quad, dC[0], dC[1], terms);
     }
-    memory.partial[first + sums.step(lane)][tile::kStates + sums.state(lane)] = sums.finish(lane);
+    __syncwarp();
+    memory.partial[first + ChannelSums::step(lane)][tile::kStates + ChannelSums::state(lane)] =
+        ChannelSums::sum(lane, terms);
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float sum = y[i][0] + shuffle_xor(y[i][1], 16) + D * in.at[i][0].y;
@@ -369,7 +379,7 @@ struct ChannelGradients {
 };
 
 // Back through the chunk's pairs of steps.
-template <class Form, bool Exact, class Quick, Dtype T>
+template <class Form, class Quick, Dtype T>
 MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, Adjoint<Quick>& a, float D, ChannelGradients& channel,
                                    BackwardWarp<T>& memory) {
   constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots;
@@ -382,7 +392,7 @@ MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, Adjoint<Quick>& a, float D,
       in[i][1] = memory.step[first + i][lane.partner()];
     }
     float du_sum[2][kSlots] = {}, ddelta_sum[2][kSlots] = {}, rest_sum[2][kSlots] = {};
-    ChannelSums<Exact> sums;
+    ChannelSums::Terms& terms = memory.state[first / 2];  // each lane has read its own states when it keeps terms there
 #pragma unroll
     for (int quad = 0; quad < kStates; quad += kQuad) {
       float dB[2][kQuad], B[2][kQuad], C[2][kQuad];
@@ -457,10 +467,10 @@ MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, Adjoint<Quick>& a, float D,
           }
         }
       }
-      sums.add(lane, quad, dB[0], dB[1]);
+      ChannelSums::keep(lane, quad, dB[0], dB[1], terms);
     }
-    memory.partial[first + sums.step(lane)][sums.state(lane)] = sums.finish(lane);
-    __syncwarp();  // the partner has read this lane's step
+    __syncwarp();  // and the partner has read this lane's step
+    memory.partial[first + ChannelSums::step(lane)][ChannelSums::state(lane)] = ChannelSums::sum(lane, terms);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float du = du_sum[i][0] + shuffle_xor(du_sum[i][1], 16);
@@ -489,13 +499,16 @@ MAMBA_SSM_DEVICE void write_pairs(const Stream& s, int channels, const Lane& lan
                                   const Function& value) {
   char* elements = s.row(chunk * tile::kSteps + lane.half) + 2 * lane.pair * s.size;
   const int written = 2 * lane.pair < channels ? steps - lane.half : 0;
-  const int written_in_T = s.size == kSize<T> ? written : 0, written_in_float32 = written - written_in_T;
+  const auto write = [&](auto dtype) {
 #pragma unroll
-  for (int i = 0; i < tile::kSteps; i += 2) {
-    const float2 pair = value(i + lane.half);
-    char* element = advance(elements, i, s.row_bytes);
-    store_pair_below<T>(i, written_in_T, element, pair);
-    if constexpr (T != Dtype::f32) store_pair_below<Dtype::f32>(i, written_in_float32, element, pair);
+    for (int i = 0; i < tile::kSteps; i += 2) {
+      store_pair_below<dtype.value>(i, written, advance(elements, i, s.row_bytes), value(i + lane.half));
+    }
+  };
+  if (s.size == kSize<T>) {
+    write(std::integral_constant<Dtype, T>());
+  } else if constexpr (T != Dtype::f32) {
+    write(std::integral_constant<Dtype, Dtype::f32>());
   }
 }
 
@@ -616,7 +629,6 @@ template <class Method, Dtype T>
 struct BackwardThread {
   using General = typename form::Backward<Method, T>::General;
   using Quick = typename form::Backward<Method, T>::Quick;
-  static constexpr bool kExact = T != Dtype::bf16;
   static_assert(!Adjoint<Quick>::kKeep || std::is_same_v<Quick, General> || requires { Quick::kKeepsA; });
   Adjoint<Quick> a;
   States h;
@@ -627,10 +639,10 @@ struct BackwardThread {
     advance_quietly<General>(Lane(), thread.a, thread.h, memory);
   }
   static MAMBA_SSM_DEVICE_CALL void advance_generally(BackwardThread& thread, BackwardWarp<T>& memory) {
-    advance_chunk<General, kExact>(Lane(), thread.a, thread.D, thread.h, memory);
+    advance_chunk<General>(Lane(), thread.a, thread.D, thread.h, memory);
   }
   static MAMBA_SSM_DEVICE_CALL void return_generally(BackwardThread& thread, BackwardWarp<T>& memory) {
-    return_chunk<General, kExact>(Lane(), thread.a, thread.D, thread.channel, memory);
+    return_chunk<General>(Lane(), thread.a, thread.D, thread.channel, memory);
   }
 };
 
@@ -641,7 +653,6 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
   using Quick = typename form::Backward<Method, T>::Quick;
   using General = typename form::Backward<Method, T>::General;
   using Thread = BackwardThread<Method, T>;
-  constexpr bool kExact = T != Dtype::bf16;
   BackwardWarp<T>& memory = block_memory.warps[threadIdx.x / kWarp];
   const ScanParams& p = scan.p;
   const ScanGradients& g = out.g;
@@ -675,12 +686,11 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
     if (item.returns) {
       const bool quick = stage_chunk<Limits>(p, lane, steps, bias, memory);
       __syncthreads();  // the block has added up the last sums
-      start_inputs(scan, lane, next, memory);
       if (g.dz_addend.data != nullptr) {
         start_copy(Stream(memory.streams.dz_addend), memory.tile.channels, lane, chunk, steps, memory.dz_addend);
       }
       if (quick) {
-        advance_chunk<Quick, kExact>(lane, a, D, h, memory);
+        advance_chunk<Quick>(lane, a, D, h, memory);
       } else if constexpr (!Limits::kAlways) {
         Thread thread{a, {}, channel, D};
         copy(h, thread.h);
@@ -689,9 +699,10 @@ MAMBA_SSM_DEVICE void return_tile(const GpuScan& scan, const GpuScanGradients& o
       }
       if (g.dz_addend.data != nullptr) wait_for_copies();
       __syncwarp();
+      start_inputs(scan, lane, next, memory);
       if (g.dz.data != nullptr) write_dz(g, lane, chunk, steps, memory);
       if (quick) {
-        return_chunk<Quick, kExact>(lane, a, D, channel, memory);
+        return_chunk<Quick>(lane, a, D, channel, memory);
       } else if constexpr (!Limits::kAlways) {
         Thread thread{a, {}, channel, D};
         Thread::return_generally(thread, memory);
