@@ -1,9 +1,9 @@
 // The forward kernel of the scan for few channels and batch elements: a channel's states are spread over the lanes of a
 // warp, so that there are more warps than in scan_fwd.cuh, each with less to do at a step. See launch_config.h.
 //
-// Chunk by chunk, a block stages Δ, the weight of the input, B and C, one pair of channels at one step a thread, then
-// scans the chunk's steps, adds C·h over the lanes of a channel, and hands the sums back to the threads that staged the
-// pairs, which write the output. Rows of the chunk after next are on their way to registers meanwhile.
+// Chunk by chunk, a block stages Δ, the weight of the input, B and C, one pair of channels at one step a thread, and
+// scans the chunk's steps. The threads that staged the pairs add up the lanes' parts of C·h and write the output. Rows
+// of the chunk after next are on their way to registers meanwhile.
 #pragma once
 
 #include <type_traits>
@@ -20,7 +20,8 @@ struct Spread {
   static constexpr int kWarpChannels = kWarp / Lanes, kChannels = kThreads / Lanes, kPairs = kChannels / 2;
   static constexpr int kSteps = kThreads / kPairs;       // of a chunk: a pair of channels at a step is a thread's
   static constexpr int kRounds = kSteps * 8 / kThreads;  // quads of B and C that a thread stages
-  static_assert((kStates == 2 || kStates == 4) && kStates * Lanes == tile::kStates && kSteps % Lanes == 0);
+  static_assert((kStates == 2 || kStates == 4) && kStates * Lanes == tile::kStates);
+  static_assert(kPairs == 8);  // see add_up
 };
 
 template <int Lanes>
@@ -30,7 +31,7 @@ struct SpreadMemory {
     alignas(16) float2 inputs[Tile::kSteps / 2][Tile::kChannels][2];  // Δ, and what Form::advance calls input
     // What a lane reads at one time: B and C of its two states at a step, or B, then C, of its four states.
     alignas(16) float matrices[Tile::kSteps * Tile::kStates / 2][Lanes][4];
-    alignas(16) float sums[Tile::kSteps][Tile::kChannels];
+    alignas(16) float parts[Tile::kSteps][Tile::kChannels][Lanes];  // of C·h
     int quick[Tile::kWarps];  // whether the quick form serves what each warp has staged
   };
   Chunk chunks[2];
@@ -259,52 +260,62 @@ class SpreadScan {
     }
   }
 
-  // B and C of the lane's states at a step.
-  MAMBA_SSM_DEVICE void read_matrices(const typename Memory::Chunk& source, int step, Row& B, Row& C) const {
-    if constexpr (kStates == 4) {
-      mamba_ssm::read_row(source.matrices[2 * step][slot_], B);
-      mamba_ssm::read_row(source.matrices[2 * step + 1][slot_], C);
-    } else {
-      const float4 m = load_vector<float4>(source.matrices[step][slot_]);
-      B[0] = m.x, B[1] = m.y, C[0] = m.z, C[1] = m.w;
+  // Two steps of the thread's channel and states.
+  struct TwoSteps {
+    float delta[2], input[2];
+    Row B[2], C[2];
+  };
+  MAMBA_SSM_DEVICE TwoSteps read_steps(const typename Memory::Chunk& source, int first) const {
+    const float4 inputs = load_vector<float4>(source.inputs[first / 2][channel_]);
+    TwoSteps steps{{inputs.x, inputs.z}, {inputs.y, inputs.w}};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kStates == 4) {
+        mamba_ssm::read_row(source.matrices[2 * (first + i)][slot_], steps.B[i]);
+        mamba_ssm::read_row(source.matrices[2 * (first + i) + 1][slot_], steps.C[i]);
+      } else {
+        const float4 m = load_vector<float4>(source.matrices[first + i][slot_]);
+        steps.B[i][0] = m.x, steps.B[i][1] = m.y, steps.C[i][0] = m.z, steps.C[i][1] = m.w;
+      }
     }
+    return steps;
   }
 
   template <class Form>
   MAMBA_SSM_DEVICE void scan_chunk(std::type_identity<Form>, const typename Form::Coefficients (&k)[kStates], int chunk,
                                    Row& h) {
-    auto& source = memory_.chunks[chunk % 2];
+    auto& target = memory_.chunks[chunk % 2];
+    TwoSteps next = read_steps(target, 0);
 #pragma unroll
-    for (int first = 0; first < kSteps; first += Lanes) {
-      float y[Lanes];
+    for (int first = 0; first < kSteps; first += 2) {
+      if (first % tile::kSteps == 0) keep_checkpoint((chunk * kSteps + first) / tile::kSteps, h);
+      const TwoSteps in = next;
+      next = read_steps(target, (first + 2) % kSteps);  // before what is stored below, which would be waited for
+      float y[2] = {};
 #pragma unroll
-      for (int i = 0; i < Lanes; ++i) {
-        const int step = first + i;
-        if (step % tile::kSteps == 0) keep_checkpoint((chunk * kSteps + step) / tile::kSteps, h);
-        const float4 two = load_vector<float4>(source.inputs[step / 2][channel_]);
-        const float delta = i % 2 == 0 ? two.x : two.z, input = i % 2 == 0 ? two.y : two.w;
-        Row B, C;
-        read_matrices(source, step, B, C);
-        y[i] = 0.0f;
+      for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int j = 0; j < kStates; ++j) {
-          h[j] = Form::advance(h[j], delta, input, B[j], k[j]);
-          y[i] += C[j] * h[j];
+          h[j] = Form::advance(h[j], in.delta[i], in.input[i], in.B[i][j], k[j]);
+          y[i] += in.C[i][j] * h[j];
         }
       }
-      // Lane i of a channel gets the sum of step i.
-#pragma unroll
-      for (int bit = 1; bit < Lanes; bit *= 2) {
-        const int half = Lanes / 2 / bit;
-        const bool upper = (slot_ & half) != 0;
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-          const float own = upper ? y[i + half] : y[i], other = upper ? y[i] : y[i + half];
-          y[i] = own + shuffle_xor(other, half * Tile::kWarpChannels);
-        }
-      }
-      source.sums[first + slot_][channel_] = y[0];
+      for (int i = 0; i < 2; ++i) target.parts[first + i][channel_][slot_] = y[i];
     }
+  }
+  // C·h of the pair of channels that the thread staged. Eight neighbouring threads read from different banks.
+  MAMBA_SSM_DEVICE float2 add_up(int chunk) const {
+    constexpr int kQuads = Lanes / 4;
+    const auto* quads = reinterpret_cast<const float4*>(memory_.chunks[chunk % 2].parts[step_][2 * pair_]);
+    const int first = pair_ * 2 * kQuads / Tile::kPairs;
+    float sums[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2 * kQuads; ++i) {
+      const float4 v = quads[i ^ first];
+      sums[i / kQuads] += (v.x + v.y) + (v.z + v.w);
+    }
+    const bool swapped = first >= kQuads;
+    return {swapped ? sums[1] : sums[0], swapped ? sums[0] : sums[1]};
   }
   MAMBA_SSM_DEVICE void keep_checkpoint(int chunk, const Row& h) const {  // chunk: of tile::kSteps
     if ((chunk & checkpoint_mask_) != 0 || chunk < first_checkpoint_ || chunk * tile::kSteps >= length_) return;
@@ -312,7 +323,7 @@ class SpreadScan {
   }
 
   MAMBA_SSM_DEVICE void write(int chunk, float2 sum, float2 gate) {
-    const float2 y = load_vector<float2>(&memory_.chunks[chunk % 2].sums[step_][2 * pair_]);
+    const float2 y = add_up(chunk);
     const float2 result = {(y.x + sum.x) * gate.x, (y.y + sum.y) * gate.y};
     const int count = pair_exists_ ? length_ : 0, step = chunk * kSteps + step_;
     store_pair_below<T>(step, float_out_ && T != Dtype::f32 ? 0 : count, out_.at, result);
