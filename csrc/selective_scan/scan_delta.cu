@@ -13,6 +13,7 @@ namespace {
 // too; for the half types it is rounded once, to an eighth of what the output is rounded to, or less.
 constexpr int kWarps = 8, kThreads = kWarps * kWarp, kRows = 16, kChannels = 64, kTiles = kChannels / 8;
 constexpr int kPiece = 32, kBlocks = kPiece / 16;  // inputs whose weights are in shared memory at one time
+constexpr int kResident = 2;  // blocks that a multiprocessor's registers hold; they fetch the weights once
 
 MAMBA_SSM_DEVICE int channel_of(int tile, int column) {
   return tile / 4 * 32 + column / 2 * 8 + tile % 4 * 2 + column % 2;
@@ -103,7 +104,8 @@ MAMBA_SSM_DEVICE void store_channels(const DeltaProjection& p, bool all, std::in
 }
 
 template <Dtype In, Dtype T, bool Vectors>
-__global__ void __launch_bounds__(kThreads) project_delta_kernel(MAMBA_SSM_CONSTANT_PARAMETER DeltaProjection p) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    project_delta_kernel(MAMBA_SSM_CONSTANT_PARAMETER DeltaProjection p) {
   Memory<T>& memory = shared_memory<Memory<T>>();
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int first_channel = static_cast<int>(blockIdx.y) * kChannels;
@@ -188,10 +190,9 @@ const char* launch_project_delta(const DeltaProjection& projection, void* stream
     });
   });
   const std::size_t shared_bytes = p.dtype == Dtype::f32 ? sizeof(Memory<Dtype::f32>) : sizeof(Memory<Dtype::bf16>);
-  // Three blocks for each multiprocessor at most: they fetch the weights once.
   const std::int64_t groups = (p.channels + kChannels - 1) / kChannels;
   const std::int64_t tiles = (p.batch * p.length + kWarps * kRows - 1) / (kWarps * kRows);
-  const std::int64_t most = (3 * device_multiprocessors() + groups - 1) / groups;
+  const std::int64_t resident = kResident * device_multiprocessors() / groups, most = resident > 1 ? resident : 1;
   return launch<DeltaProjection>(kernel, static_cast<unsigned>(tiles < most ? tiles : most),
                                  static_cast<unsigned>(groups), kThreads, shared_bytes, stream, p);
 }
