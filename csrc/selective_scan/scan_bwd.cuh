@@ -8,6 +8,8 @@
 // shared memory, see ChannelSums. Nothing is added in an order that could change.
 #pragma once
 
+#include <cstddef>
+
 #include "scan_adjoint.cuh"
 
 namespace mamba_ssm {
@@ -18,9 +20,9 @@ constexpr int kQuad = 4;
 // Sums over the channels of a warp, for two steps: each lane keeps its terms of four states at a time in shared memory,
 // and `sum` gives it the sum for one state of one step.
 //
-// A lane adds up four of the sixteen lanes' terms of one group of four states, and shuffles do the rest; eight
+// A lane adds up four of the sixteen lanes' terms of four states at one step, and shuffles do the rest; eight
 // neighbouring lanes read from different banks at each of the four reads. Not on the tensor cores, whose products with
-// a matrix of ones would take half the instructions: an H200 runs a kernel that has one at 1.76 GHz, and others
+// a matrix of ones would take half the instructions: an H200 runs a kernel with such products at 1.77 GHz, and others
 // at 1.95.
 class ChannelSums {
  public:
@@ -58,7 +60,7 @@ struct BackwardWarp {
   alignas(16) float4 step[tile::kSteps][kWarp];  // by slot: Δ, u, dy, dΔ/d(delta); once a step is done, ddelta and du
   alignas(16) float gate[tile::kSteps][tile::kWarpChannels];  // what C·h + D u is multiplied by for dz; then dz
   alignas(16) MatrixRows matrices;
-  float4 state[tile::kSteps / 2][tile::kSlots * 2][kWarp];  // before every pair of steps
+  float4 state[tile::kSteps / 2][tile::kSlots * 2][kWarp];  // before every pair of steps; on the way back, dB's terms
   MatrixRows partial;                                       // dB and dC of the warp's channels
   struct {
     KeptStream u, delta, z, dout, dz_addend, du, ddelta, dz, partial, B_and_C[2], checkpoints, kept_states;
@@ -75,7 +77,8 @@ struct BackwardMemory {
 };
 // A multiprocessor has 228 KiB, of which each block takes 1 KiB more than it asks for.
 static_assert(tile::kBackwardBlocks * (sizeof(BackwardMemory<Dtype::bf16>) + 1024) <= 228 * 1024);
-static_assert(sizeof(Rows<Dtype::bf16>) * 4 == sizeof(ChannelSums::Terms));
+static_assert(offsetof(BackwardWarp<Dtype::bf16>, dz_addend) == sizeof(ChannelSums::Terms));  // see terms()
+static_assert(tile::kSteps > 2);  // the last pair's terms are added up before the next state is copied there
 
 template <Dtype T>
 MAMBA_SSM_DEVICE void make_streams(const GpuScan& scan, const GpuScanGradients& out, const WarpTile& t,
@@ -172,7 +175,8 @@ MAMBA_SSM_DEVICE GradientPair stage_gradient_pair(const ScanParams& p, int step,
   const float2 gate = {gradient.x * (s.x + silu.x * (1.0f - s.x)), gradient.y * (s.y + silu.y * (1.0f - s.y))};
   return {{delta.x, u.x, dy.x, slope.x}, {delta.y, u.y, dy.y, slope.y}, gate};
 }
-// Steps that do not exist: Δ = 0 leaves the state and its gradient as they are, and no slope adds up to nothing.
+// Steps that do not exist: Δ = 0 leaves the state and its gradient as they are; their slope is 0, so that they add
+// nothing to the bias's gradient.
 template <Dtype T>
 MAMBA_SSM_DEVICE void clear_missing(const Lane& lane, int steps, BackwardWarp<T>& memory) {
   if (steps == tile::kSteps) return;
@@ -383,6 +387,10 @@ template <class Form, class Quick, Dtype T>
 MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, Adjoint<Quick>& a, float D, ChannelGradients& channel,
                                    BackwardWarp<T>& memory) {
   constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots;
+  constexpr bool kMakesAnew = [] {
+    if constexpr (requires { Form::kMakesAnew; }) return Form::kMakesAnew;
+    return false;
+  }();
 #pragma unroll 1
   for (int first = tile::kSteps - 2; first >= 0; first -= 2) {
     float4 in[2][kSlots];
@@ -406,6 +414,7 @@ MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, Adjoint<Quick>& a, float D,
         const float4 kept = memory.state[first / 2][s * 2 + quad / kQuad][lane.index];
         const float before[kQuad] = {kept.x, kept.y, kept.z, kept.w};
         const float w0 = in[0][s].x * in[0][s].y, w1 = in[1][s].x * in[1][s].y;
+        if constexpr (kMakesAnew) in[1][s].x = opaque(in[1][s].x);
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) {
           float& carried = a.carried[s][quad + j];

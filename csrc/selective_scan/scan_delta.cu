@@ -13,7 +13,7 @@ namespace {
 // too; for the half types it is rounded once, to an eighth of what the output is rounded to, or less.
 constexpr int kWarps = 8, kThreads = kWarps * kWarp, kRows = 16, kChannels = 64, kTiles = kChannels / 8;
 constexpr int kPiece = 32, kBlocks = kPiece / 16;  // inputs whose weights are in shared memory at one time
-constexpr int kResident = 2;  // blocks that a multiprocessor's registers hold; they fetch the weights once
+constexpr int kResident = 2;                       // blocks that a multiprocessor is to hold at one time
 
 MAMBA_SSM_DEVICE int channel_of(int tile, int column) {
   return tile / 4 * 32 + column / 2 * 8 + tile % 4 * 2 + column % 2;
@@ -21,6 +21,9 @@ MAMBA_SSM_DEVICE int channel_of(int tile, int column) {
 
 template <Dtype T>
 constexpr bool kExact = T == Dtype::f32;
+// The blocks that bound the registers: no more than one where the bound would have them spilled.
+template <Dtype T, bool Vectors>
+constexpr int kLeastResident = Vectors && !kExact<T> ? kResident : 1;
 
 // Of two inputs: the weights, or their first parts and then the rests.
 template <Dtype T>
@@ -104,7 +107,7 @@ MAMBA_SSM_DEVICE void store_channels(const DeltaProjection& p, bool all, std::in
 }
 
 template <Dtype In, Dtype T, bool Vectors>
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, kLeastResident<T, Vectors>)
     project_delta_kernel(MAMBA_SSM_CONSTANT_PARAMETER DeltaProjection p) {
   Memory<T>& memory = shared_memory<Memory<T>>();
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -192,6 +195,7 @@ const char* launch_project_delta(const DeltaProjection& projection, void* stream
   const std::size_t shared_bytes = p.dtype == Dtype::f32 ? sizeof(Memory<Dtype::f32>) : sizeof(Memory<Dtype::bf16>);
   const std::int64_t groups = (p.channels + kChannels - 1) / kChannels;
   const std::int64_t tiles = (p.batch * p.length + kWarps * kRows - 1) / (kWarps * kRows);
+  // No more blocks than are held: each fetches the weights, once where they are all in shared memory.
   const std::int64_t resident = kResident * device_multiprocessors() / groups, most = resident > 1 ? resident : 1;
   return launch<DeltaProjection>(kernel, static_cast<unsigned>(tiles < most ? tiles : most),
                                  static_cast<unsigned>(groups), kThreads, shared_bytes, stream, p);

@@ -233,6 +233,8 @@ struct FactoredPolynomial {
   static constexpr int kLowest = m.lowest();
   static constexpr bool kHasRest = kLowest == 1 || m.m[0][1] != 0.0f;
   static constexpr float kPerA = kLn2;
+  // What is made of the later Δ of two on the way back is made anew for every four states: else much of it is spilled.
+  static constexpr bool kMakesAnew = kLowest == 0 && m.m[0][1] != 0.0f && m.m[0][2] == 0.0f;
   static_assert([] {  // what `advance` and `gradient` leave out
     if (kLowest == 0) return m.m[3][1] == 0.0f && m.m[3][2] == 0.0f;
     bool only = true;

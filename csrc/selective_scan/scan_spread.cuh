@@ -37,6 +37,10 @@ struct SpreadMemory {
   Chunk chunks[2];
   float2 sizes[Tile::kWarps];  // the least and the greatest |A| of each warp
 };
+// As many blocks as the registers are bound for, of 1 KiB more than they ask for. (Where a multiprocessor has 100 KB,
+// one of eight lanes less.)
+static_assert(spread_tile::kWarps / Spread<8>::kWarps * (sizeof(SpreadMemory<8>) + 1024) <= 164 * 1024);
+static_assert(spread_tile::kWarps / Spread<4>::kWarps * (sizeof(SpreadMemory<4>) + 1024) <= 164 * 1024);
 
 // A thread's share of a chunk, as it is in memory.
 template <Dtype T, int Lanes>
@@ -300,6 +304,7 @@ class SpreadScan {
           y[i] += in.C[i][j] * h[j];
         }
       }
+#pragma unroll
       for (int i = 0; i < 2; ++i) target.parts[first + i][channel_][slot_] = y[i];
     }
   }
