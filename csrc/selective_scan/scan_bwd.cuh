@@ -46,9 +46,14 @@ class ChannelSums {
     const float4 a = near[0], b = near[8], c = far[0], d = far[8];
     const float sums[kQuad] = {(a.x + b.x) + (c.x + d.x), (a.y + b.y) + (c.y + d.y), (a.z + b.z) + (c.z + d.z),
                                (a.w + b.w) + (c.w + d.w)};
-    const float first = (high ? sums[2] : sums[0]) + shuffle_xor(high ? sums[0] : sums[2], 8);
-    const float second = (high ? sums[3] : sums[1]) + shuffle_xor(high ? sums[1] : sums[3], 8);
-    return (low ? second : first) + shuffle_xor(low ? first : second, 4);
+    const float first = exchange(high, sums[0], sums[2], 8), second = exchange(high, sums[1], sums[3], 8);
+    return exchange(low, first, second, 4);
+  }
+
+ private:
+  // The sum of the lane's own one of two values and that of the lane so far away, which has the other one.
+  static MAMBA_SSM_DEVICE float exchange(int has_second, float first, float second, int distance) {
+    return (has_second ? second : first) + shuffle_xor(has_second ? first : second, distance);
   }
 };
 
@@ -387,10 +392,6 @@ template <class Form, class Quick, Dtype T>
 MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, Adjoint<Quick>& a, float D, ChannelGradients& channel,
                                    BackwardWarp<T>& memory) {
   constexpr int kStates = tile::kThreadStates, kSlots = tile::kSlots;
-  constexpr bool kMakesAnew = [] {
-    if constexpr (requires { Form::kMakesAnew; }) return Form::kMakesAnew;
-    return false;
-  }();
 #pragma unroll 1
   for (int first = tile::kSteps - 2; first >= 0; first -= 2) {
     float4 in[2][kSlots];
@@ -414,7 +415,9 @@ MAMBA_SSM_DEVICE void return_chunk(const Lane& lane, Adjoint<Quick>& a, float D,
         const float4 kept = memory.state[first / 2][s * 2 + quad / kQuad][lane.index];
         const float before[kQuad] = {kept.x, kept.y, kept.z, kept.w};
         const float w0 = in[0][s].x * in[0][s].y, w1 = in[1][s].x * in[1][s].y;
-        if constexpr (kMakesAnew) in[1][s].x = opaque(in[1][s].x);
+        if constexpr (Form::kFactored) {
+          if constexpr (Form::kMakesAnew) in[1][s].x = opaque(in[1][s].x);
+        }
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) {
           float& carried = a.carried[s][quad + j];

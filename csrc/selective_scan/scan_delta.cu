@@ -1,4 +1,6 @@
 // delta = delta_weight · delta_input: the projection of a few inputs to every channel, on the tensor cores.
+#include <algorithm>
+
 #include "cuda_device.h"
 #include "scan_gpu.h"
 
@@ -195,10 +197,10 @@ const char* launch_project_delta(const DeltaProjection& projection, void* stream
   const std::size_t shared_bytes = p.dtype == Dtype::f32 ? sizeof(Memory<Dtype::f32>) : sizeof(Memory<Dtype::bf16>);
   const std::int64_t groups = (p.channels + kChannels - 1) / kChannels;
   const std::int64_t tiles = (p.batch * p.length + kWarps * kRows - 1) / (kWarps * kRows);
-  // No more blocks than are held: each fetches the weights, once where they are all in shared memory.
-  const std::int64_t resident = kResident * device_multiprocessors() / groups, most = resident > 1 ? resident : 1;
-  return launch<DeltaProjection>(kernel, static_cast<unsigned>(tiles < most ? tiles : most),
-                                 static_cast<unsigned>(groups), kThreads, shared_bytes, stream, p);
+  // No more than kResident for each multiprocessor: every block fetches the weights, once if they fit into one piece.
+  const std::int64_t most = std::max<std::int64_t>(1, kResident * device_multiprocessors() / groups);
+  return launch<DeltaProjection>(kernel, static_cast<unsigned>(std::min(tiles, most)), static_cast<unsigned>(groups),
+                                 kThreads, shared_bytes, stream, p);
 }
 
 }  // namespace mamba_ssm

@@ -207,10 +207,12 @@ struct RoundedFohInRange {
 };
 
 // Factored: c = Δ p(Δ, x), so that Δ comes out of the sums over the states. kPerA: what A is, of the coefficient.
+// kMakesAnew: what the way back makes of the later Δ of two is made anew for every four states, as kept it is spilled.
 //
 // c = Δ w, Ā = w (1 + x/2) with w = 1 / (1 − x/2).
 struct FactoredBilinear {
   static constexpr bool kInputIsDelta = true, kSlopeIsABar = false, kFactored = true, kHasRest = false;
+  static constexpr bool kMakesAnew = false;
   static constexpr float kPerA = 2.0f;
   using Coefficients = float;
   static MAMBA_SSM_DEVICE float prepare(float A) { return 0.5f * A; }
@@ -233,7 +235,6 @@ struct FactoredPolynomial {
   static constexpr int kLowest = m.lowest();
   static constexpr bool kHasRest = kLowest == 1 || m.m[0][1] != 0.0f;
   static constexpr float kPerA = kLn2;
-  // What is made of the later Δ of two on the way back is made anew for every four states: else much of it is spilled.
   static constexpr bool kMakesAnew = kLowest == 0 && m.m[0][1] != 0.0f && m.m[0][2] == 0.0f;
   static_assert([] {  // what `advance` and `gradient` leave out
     if (kLowest == 0) return m.m[3][1] == 0.0f && m.m[3][2] == 0.0f;

@@ -37,8 +37,8 @@ struct SpreadMemory {
   Chunk chunks[2];
   float2 sizes[Tile::kWarps];  // the least and the greatest |A| of each warp
 };
-// As many blocks as the registers are bound for, of 1 KiB more than they ask for. (Where a multiprocessor has 100 KB,
-// one of eight lanes less.)
+// Most multiprocessors have 164 KiB or more, of which each block takes 1 KiB more than it asks for: enough for the
+// blocks that bound the registers. Those with 100 KiB hold three of the four with eight lanes.
 static_assert(spread_tile::kWarps / Spread<8>::kWarps * (sizeof(SpreadMemory<8>) + 1024) <= 164 * 1024);
 static_assert(spread_tile::kWarps / Spread<4>::kWarps * (sizeof(SpreadMemory<4>) + 1024) <= 164 * 1024);
 
